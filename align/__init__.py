@@ -1,0 +1,1 @@
+"""Learning and judging: data sets, SFT, RRHF, ModelTokens, agents, evaluation."""

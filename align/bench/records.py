@@ -1,0 +1,133 @@
+"""Civitai's REST v1 objects, as far as we use them. Fields we use are checked, all others are ignored."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+_GOOD_SCANS = (None, "Success")
+
+
+class _Lenient(BaseModel):
+    """Fields we use are checked, all others are ignored: the API grows new ones every month."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+
+class FileRecord(_Lenient):
+    """A file of a model version, as Civitai describes it."""
+
+    type: str = "Model"
+    downloadUrl: str | None = None
+    name: str = ""
+    metadata: dict[str, Any] | None = None
+    pickleScanResult: str | None = None
+    virusScanResult: str | None = None
+    hashes: dict[str, str | None] | None = None
+    primary: bool | None = None
+
+    @property
+    def format(self) -> str:
+        """`SafeTensor`, `PickleTensor`, `Other` or ''."""
+        return str((self.metadata or {}).get("format") or "")
+
+    def hash_of(self, kind: str) -> str | None:
+        """Upper-case hash of this kind (AutoV1, AutoV2, SHA256, ...), if there is one."""
+        value = (self.hashes or {}).get(kind)
+        return value.upper() if value else None
+
+    @property
+    def is_weights(self) -> bool:
+        """Whether this is the model itself, not a VAE, a training set or a config."""
+        return self.type in ("Model", "Pruned Model")
+
+
+class Stats(_Lenient):
+    """Counters of a model or version; hidden or unknown ones are `None`."""
+
+    downloadCount: float | None = None
+    ratingCount: float | None = None
+    rating: float | None = None
+    favoriteCount: float | None = None
+    thumbsUpCount: float | None = None
+
+    @property
+    def likes(self) -> float | None:
+        """Favourites (until 2024) or thumbs-up (since)."""
+        return self.favoriteCount if self.favoriteCount is not None else self.thumbsUpCount
+
+
+class VersionRecord(_Lenient):
+    """A model version. `images` stay raw: each is checked on its own, so that one bad image costs only itself."""
+
+    id: int
+    name: str = ""
+    status: str | None = None
+    baseModel: str | None = None
+    trainedWords: list[str] = []
+    description: str | None = None
+    stats: Stats = Stats()
+    files: list[FileRecord] = []
+    images: list[Any] = []
+
+    @field_validator("trainedWords", "files", "images", mode="before")
+    @classmethod
+    def _none_is_empty(cls, value: Any) -> Any:
+        return [] if value is None else value
+
+    @field_validator("stats", mode="before")
+    @classmethod
+    def _none_is_unknown(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    def best_file(self) -> FileRecord | None:
+        """The weights to call: safetensors, hashed, downloadable, scans not failed; the primary one first."""
+        usable = [f for f in self.files if not file_problems(f)]
+        return max(usable, key=lambda f: (bool(f.primary), f.type == "Model"), default=None)
+
+
+class ModelRecord(_Lenient):
+    """An object of Civitai's `/models`. `modelVersions` stay raw, as the images of a version do."""
+
+    id: int
+    name: str
+    type: str
+    nsfw: bool = False
+    poi: bool = False
+    mode: str | None = None
+    availability: str | None = None
+    tags: list[Any] = []
+    description: str | None = None
+    stats: Stats = Stats()
+    modelVersions: list[Any] = Field(default_factory=list)
+    allowCommercialUse: Any = None
+    allowDerivatives: bool | None = None
+
+    @field_validator("tags", "modelVersions", mode="before")
+    @classmethod
+    def _none_is_empty(cls, value: Any) -> Any:
+        return [] if value is None else value
+
+    @field_validator("stats", mode="before")
+    @classmethod
+    def _none_is_unknown(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    @property
+    def tag_names(self) -> tuple[str, ...]:
+        """Tags as text; some routes give objects with a `name`."""
+        names = (tag.get("name") if isinstance(tag, dict) else tag for tag in self.tags)
+        return tuple(name for name in names if isinstance(name, str))
+
+
+def file_problems(file: FileRecord) -> list[str]:
+    """Why these weights can't be fetched and loaded safely; the rules of `version_rules` in short."""
+    problems = []
+    if not file.is_weights or not file.downloadUrl:
+        problems.append("file_missing")
+    if file.format != "SafeTensor":
+        problems.append("file_not_safetensors")
+    if len(file.hash_of("SHA256") or "") != 64:
+        problems.append("file_without_hash")
+    if file.pickleScanResult not in _GOOD_SCANS or file.virusScanResult not in _GOOD_SCANS:
+        problems.append("file_scan_failed")
+    return problems

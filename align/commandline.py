@@ -1,0 +1,143 @@
+"""Command lines of this project: a YAML file plus flags that override it (TRL's `TrlParser` convention).
+
+Unknown keys, values of the wrong type and unreadable files end the command with one line that says what to change.
+"""
+
+import dataclasses
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from rollouts.files import write_atomically
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that can't be used; the message names the file, the key and the value."""
+
+
+def parse_config(*dataclass_types: type, args: Sequence[str] | None = None, description: str | None = None) -> Any:
+    """Read `--config file.yaml` and flags into dataclasses.
+
+    Args:
+        dataclass_types: One or more; a key may belong to any of them. Fields of classes defined in this project are
+            checked against their annotations; others (TRL's) check themselves.
+        args: Command line; `sys.argv[1:]` by default.
+        description: Shown by `--help`.
+
+    Returns:
+        One instance, or a tuple of them if several classes were given.
+
+    Raises:
+        ConfigError: If the file is missing or no YAML mapping, a key is unknown or a value has the wrong type.
+    """
+    from trl import TrlParser
+
+    args = list(sys.argv[1:] if args is None else args)
+    path = _config_path(args)
+    if path is not None:
+        check_config_file(path, *dataclass_types)
+    parser = TrlParser(list(dataclass_types), description=description)
+    try:
+        values = parser.parse_args_and_config(args)
+    except ValueError as error:
+        raise ConfigError(f"{path or 'command line'}: {error}") from error
+    for value in values:
+        _check_types(value, path)
+    return values[0] if len(values) == 1 else values
+
+
+def check_config_file(path: Path, *dataclass_types: type) -> dict[str, Any]:
+    """The mapping in a YAML file, every key of which is a field of one of the dataclasses (or `env`).
+
+    Raises:
+        ConfigError: Naming the file, the key and the nearest known key.
+    """
+    try:
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"Can't read the config file {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{path} must hold a YAML mapping of options, but holds {type(mapping).__name__}.")
+    known = {field.name for cls in dataclass_types for field in dataclasses.fields(cls)} | {"env"}
+    for key in mapping:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else " See --help for all of them."
+            raise ConfigError(f"{path}: unknown key `{key}`.{hint}")
+    return mapping
+
+
+def save_config(path: Path, *configs: Any) -> None:
+    """Write resolved configurations as one YAML mapping (atomically); keys that hold a secret are left out."""
+    merged: dict[str, Any] = {}
+    for config in configs:
+        merged |= config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
+    merged = {key: value for key, value in merged.items() if not key.endswith("_token") and _is_plain(value)}
+    write_atomically(path, yaml.safe_dump(merged, sort_keys=False, allow_unicode=True).encode())
+
+
+def run_command(main: Any, *dataclass_types: type, errors: tuple[type[Exception], ...] = ()) -> None:
+    """Entry point of a command: parse, call `main`, turn expected errors into one line and exit code 2.
+
+    Args:
+        main: Called with one config per dataclass; its module's docstring is the `--help` text.
+        dataclass_types: See `parse_config`.
+        errors: Exceptions of `main` that are the user's to mend; others keep their traceback.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        configs = parse_config(*dataclass_types, description=sys.modules[main.__module__].__doc__)
+        main(*configs) if isinstance(configs, tuple) else main(configs)
+    except (ConfigError, *errors) as error:
+        if os.environ.get("T2I_ALIGN_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _config_path(args: list[str]) -> Path | None:
+    for i, arg in enumerate(args):
+        if arg.startswith("--config="):  # TrlParser knows only the two-word form
+            args[i : i + 1] = ["--config", arg.removeprefix("--config=")]
+    if "--config" not in args:
+        return None
+    index = args.index("--config")
+    if index + 1 == len(args):
+        raise ConfigError("`--config` needs the path of a YAML file after it.")
+    return Path(args[index + 1])
+
+
+def _check_types(config: Any, path: Path | None) -> None:
+    """Check our own dataclasses' values: argparse converts flags, but lets YAML values of any type through."""
+    if config.__class__.__module__.split(".")[0] in ("trl", "transformers"):
+        return
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        hint = hints[field.name]
+        if field.default is None:
+            hint = hint | None
+        try:
+            TypeAdapter(hint).validate_python(value)
+        except ValidationError as error:
+            message = error.errors(include_url=False)[0]["msg"]
+            raise ConfigError(f"{path or 'command line'}: `{field.name}` is {value!r}: {message}.") from error
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(_is_plain(item) for pair in value.items() for item in pair)
+    return value is None or isinstance(value, bool | int | float | str)

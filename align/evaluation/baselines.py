@@ -1,0 +1,101 @@
+"""What a trained policy has to beat: choosing a model without a language model.
+
+Each baseline maps instructions to calls of the catalogue, so it never hallucinates.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from rollouts.api import APICall
+from rollouts.catalog import Catalog
+
+
+class Baseline(Protocol):
+    """Something that answers prompts with calls."""
+
+    name: str
+
+    def answer(self, prompts: Sequence[str]) -> list[APICall]:
+        """One call per prompt."""
+        ...
+
+
+class MostPopular:
+    """Always the most downloaded version of the architecture, with its own default parameters."""
+
+    name = "most popular model"
+
+    def __init__(self, catalog: Catalog, base_model: str) -> None:
+        best = max(catalog.of_architecture(base_model), key=lambda entry: entry.stats.get("downloads", 0))
+        self.call = best.default_call()
+
+    def answer(self, prompts: Sequence[str]) -> list[APICall]:
+        """The same call for every prompt."""
+        return [self.call] * len(prompts)
+
+
+class TfidfNeighbour:
+    """The call of the training prompt with the highest TF-IDF cosine similarity (words, sublinear frequency).
+
+    Args:
+        prompts: Training prompts.
+        calls: Their calls.
+
+    Raises:
+        ImportError: Without scikit-learn, naming the extra to install.
+    """
+
+    name = "TF-IDF nearest neighbour"
+
+    def __init__(self, prompts: Sequence[str], calls: Sequence[APICall]) -> None:
+        try:
+            from sklearn.feature_extraction.text import TfidfVectorizer
+        except ImportError as error:
+            raise ImportError('The TF-IDF baseline needs scikit-learn: pip install "t2i-align[eval]".') from error
+        self.calls = list(calls)
+        self.vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\w+")
+        self.matrix = self.vectorizer.fit_transform(prompts)
+
+    def answer(self, prompts: Sequence[str]) -> list[APICall]:
+        """Nearest neighbours; of equally near ones the first."""
+        queries = self.vectorizer.transform(prompts)
+        answers = []
+        for start in range(0, len(prompts), 256):
+            similarity = (queries[start : start + 256] @ self.matrix.T).toarray()
+            answers += [self.calls[i] for i in similarity.argmax(axis=1)]
+        return answers
+
+
+class EmbeddingNeighbour:
+    """The call of the training prompt whose sentence embedding is nearest (cosine).
+
+    Args:
+        prompts: Training prompts.
+        calls: Their calls.
+        encoder: Name or folder of a sentence-transformers model, e.g. all-MiniLM-L6-v2.
+
+    Raises:
+        ImportError: Without sentence-transformers, naming the extra to install.
+    """
+
+    name = "embedding nearest neighbour"
+
+    def __init__(self, prompts: Sequence[str], calls: Sequence[APICall], encoder: str) -> None:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise ImportError(
+                'The embedding baseline needs sentence-transformers: pip install "t2i-align[eval]".'
+            ) from error
+        self.calls = list(calls)
+        self.encoder = SentenceTransformer(encoder, trust_remote_code=False)
+        self.matrix = self._embed(prompts)
+
+    def answer(self, prompts: Sequence[str]) -> list[APICall]:
+        """Nearest neighbours; of equally near ones the first."""
+        return [self.calls[i] for i in (self._embed(prompts) @ self.matrix.T).argmax(axis=1)]
+
+    def _embed(self, prompts: Sequence[str]) -> np.ndarray[Any, Any]:
+        return self.encoder.encode(list(prompts), batch_size=64, normalize_embeddings=True, show_progress_bar=True)

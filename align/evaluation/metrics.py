@@ -1,0 +1,92 @@
+"""Numbers for tables: shares and means with bootstrap intervals, hallucination, selection and argument accuracy."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rollouts.api import PARAMETER_INFORMATION, APICall, APICallError
+from rollouts.catalog import Catalog
+
+RESAMPLES = 2000
+
+
+class Estimate(NamedTuple):
+    """A mean with its 95% percentile-bootstrap interval over n items."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+class Judged(NamedTuple):
+    """A response, judged.
+
+    Attributes:
+        call: The call it is, or `None`.
+        reason: Why it can't be called (one of `rollouts.api.REASONS`), or `None` if it can.
+    """
+
+    call: APICall | None
+    reason: str | None
+
+
+def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+    """Mean of `values` with the 2.5% and 97.5% quantiles of the means of resamples.
+
+    Raises:
+        ValueError: If there are no values.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    if data.size == 0:
+        raise ValueError("A mean of no values does not exist.")
+    rng = np.random.default_rng(seed)
+    means = np.array([data[rng.integers(0, data.size, data.size)].mean() for _ in range(resamples)])
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Estimate(float(data.mean()), float(low), float(high), int(data.size))
+
+
+def judge(text: str, catalog: Catalog) -> Judged:
+    """Whether a response is a call that can be made; of several reasons the first counts (DESIGN 9)."""
+    try:
+        call = APICall.from_json(text)
+    except APICallError as error:
+        return Judged(None, error.reason)
+    reasons = catalog.validate(call)
+    return Judged(call, reasons[0] if reasons else None)
+
+
+def hallucination(judged: Sequence[Judged]) -> tuple[Estimate, dict[str, int]]:
+    """Share of responses that can't be called (DiffAgent Table 1, as a fraction), and how many for each reason."""
+    counts = Counter(j.reason for j in judged if j.reason is not None)
+    return bootstrap([float(j.reason is not None) for j in judged]), dict(counts.most_common())
+
+
+def selection_accuracy(
+    judged: Sequence[Judged], references: Sequence[dict[str, Any]], catalog: Catalog
+) -> dict[str, Estimate]:
+    """How often the right model was chosen: the very version, and any version of the same model. Hallucinations miss."""
+
+    def chosen(j: Judged) -> str | None:
+        return j.call.model if j.call is not None and j.reason is None else None
+
+    def model_id(name: str | None) -> int | None:
+        return catalog[name].model_id if name is not None and name in catalog else None
+
+    versions = [float(chosen(j) == r["model"]) for j, r in zip(judged, references, strict=True)]
+    models = [
+        float(chosen(j) is not None and model_id(chosen(j)) == model_id(r["model"]))
+        for j, r in zip(judged, references, strict=True)
+    ]
+    return {"version": bootstrap(versions), "model": bootstrap(models)}
+
+
+def argument_accuracy(judged: Sequence[Judged], references: Sequence[dict[str, Any]]) -> Estimate:
+    """Mean over the five arguments of exact match (ChatGen Sec. 4.1); a response that is no call matches none."""
+    shares = []
+    for j, reference in zip(judged, references, strict=True):
+        given = j.call.to_dict() if j.call is not None else {}
+        shares.append(float(np.mean([given.get(key) == reference[key] for key in PARAMETER_INFORMATION])))
+    return bootstrap(shares)

@@ -1,0 +1,71 @@
+"""Prompts to evaluate on: DABench's own evaluation split, PartiPrompts, COCO captions (DiffAgent Sec. 4.1)."""
+
+import csv
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Names of the column that holds the prompt, in the published files of PartiPrompts and COCO captions.
+_PROMPT_COLUMNS = ("prompt", "caption", "text")
+
+
+class PromptSet(NamedTuple):
+    """Instructions, and the calls they were answered with by people, if that is known.
+
+    Attributes:
+        name: For tables and file names.
+        instructions: Prompts, or DABench instruction objects.
+        references: DABench rows' `api`, or `None` for plain prompts.
+    """
+
+    name: str
+    instructions: list[Any]
+    references: list[dict[str, Any]] | None
+
+
+class PromptFileError(ValueError):
+    """A prompt file that can't be read; the message names the file and the column."""
+
+
+def dabench_prompts(rows: Any, count: int | None, seed: int) -> PromptSet:
+    """The evaluation split of DABench, or a seeded choice of `count` of its rows."""
+    chosen = list(rows)
+    if count is not None and count < len(chosen):
+        chosen = random.Random(seed).sample(chosen, count)
+    return PromptSet("DABench", [row["instruction"] for row in chosen], [row["api"] for row in chosen])
+
+
+def read_prompts(name: str, path: str | Path, count: int | None, seed: int) -> PromptSet:
+    """A `.tsv` or `.csv` with a column "Prompt", "caption" or "text", or a `.txt` with one prompt a line.
+
+    Args:
+        name: Of the set.
+        path: The file.
+        count: A seeded random choice of so many, as the paper's 1,000; `None` for all.
+        seed: Of the choice.
+
+    Raises:
+        PromptFileError: If the file is missing, has no such column, or no prompt.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PromptFileError(f"There is no prompt file at {path}.")
+    with path.open(encoding="utf-8", newline="") as file:
+        if path.suffix in (".tsv", ".csv"):
+            # Quotes inside prompts are just characters in these files' TSV.
+            dialect: dict[str, Any] = (
+                {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"delimiter": ","}
+            )
+            reader = csv.DictReader(file, **dialect)
+            column = next((c for c in reader.fieldnames or [] if c.strip().lower() in _PROMPT_COLUMNS), None)
+            if column is None:
+                raise PromptFileError(f"{path} has no column Prompt, caption or text, but {reader.fieldnames}.")
+            prompts = [row[column] for row in reader]
+        else:
+            prompts = file.read().splitlines()
+    prompts = [prompt.strip() for prompt in prompts if prompt and prompt.strip()]
+    if not prompts:
+        raise PromptFileError(f"{path} holds no prompt.")
+    if count is not None and count < len(prompts):
+        prompts = random.Random(seed).sample(prompts, count)
+    return PromptSet(name, prompts, None)

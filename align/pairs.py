@@ -1,0 +1,76 @@
+"""Instruction-call pairs as training data."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from rollouts.api import ARCHITECTURES, APICall, APICallError
+from rollouts.dialogue import Dialogue
+
+logger = logging.getLogger(__name__)
+
+REQUIRED_COLUMNS = ("id", "instruction", "api")
+
+
+class DataError(ValueError):
+    """A data set that can't be trained on; the message names the folder, the split and the column or row."""
+
+
+def load_pairs(folder: str | Path, architecture: str) -> Any:
+    """The `DatasetDict` of one architecture.
+
+    Args:
+        folder: Output of `align.bench.dabench`, or one of the DatasetDicts in it.
+        architecture: E.g. `SD 1.5`; ignored if `folder` is itself a DatasetDict.
+
+    Raises:
+        DataError: If there is none, or it lacks the columns of DABench.
+    """
+    import datasets
+
+    folder = Path(folder)
+    path = folder if (folder / "dataset_dict.json").is_file() else folder / ARCHITECTURES[architecture].slug
+    if not (path / "dataset_dict.json").is_file():
+        built = [a.name for a in ARCHITECTURES.values() if (folder / a.slug).is_dir()]
+        raise DataError(
+            f"`dataset` {folder} has no DABench for {architecture} (it has: {', '.join(built) or 'none'}). "
+            "Build it with python -m align.bench.dabench."
+        )
+    data = datasets.load_from_disk(str(path))
+    for split, rows in data.items():
+        missing = [column for column in REQUIRED_COLUMNS if column not in rows.column_names]
+        if missing:
+            raise DataError(f"{path}, split {split}: the columns {missing} are missing.")
+    return data
+
+
+def response_text(api: dict[str, Any]) -> str:
+    """The text a policy is trained to write for a row's `api`."""
+    return APICall.from_dict(api).to_json()
+
+
+def encode_pairs(rows: Any, dialogue: Dialogue, max_length: int, *, what: str) -> Any:
+    """Tokenize rows to `input_ids` and completion-only `labels` (what TRL calls a processed data set).
+
+    Args:
+        rows: A `datasets.Dataset` of DABench rows.
+        dialogue: Format and tokenizer.
+        max_length: Tokens of a dialogue; the user's text is cut to fit, the call never.
+        what: Name of the split, for messages.
+    """
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            encoded = dialogue.encode(row["instruction"], response_text(row["api"]), max_length)
+        except (APICallError, ValueError) as error:
+            raise DataError(f"{what} row {row['id']!r}: {error}") from error
+        return {"input_ids": encoded.input_ids, "labels": encoded.labels, "shortened": encoded.shortened}
+
+    # In memory: `map` would write its cache into the folder the data set was loaded from.
+    encoded = rows.map(encode, remove_columns=rows.column_names, keep_in_memory=True, desc=f"tokenizing {what}")
+    shortened = sum(encoded["shortened"])
+    if shortened:
+        logger.info(
+            "%s: the user's text was cut in %d of %d rows to fit %d tokens", what, shortened, len(rows), max_length
+        )
+    return encoded.remove_columns("shortened")

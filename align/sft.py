@@ -1,0 +1,202 @@
+"""Supervised fine-tuning of a policy on instruction-call pairs: DiffAgent-SFT (Sec. 3.2.1, Eq. 1).
+
+    accelerate launch align/sft.py --config configs/diffagent/sft.yaml --dataset data/dabench --output_dir runs/sft
+
+Starts from a pretrained model (`model_name_or_path`, safetensors or GGUF) or from nothing (`from_scratch: true`, with a
+tokenizer trained on the data). Resumes from the last complete checkpoint in `output_dir` when started again.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
+
+from align.commandline import ConfigError, run_command, save_config
+from align.distributed import prepare_cpu_deepspeed
+from align.pairs import DataError, encode_pairs, load_pairs, response_text
+from align.run_directory import MetricsFile, last_complete_checkpoint, write_model_card
+from align.sample_answers import SampleAnswers
+from align.scratch import ScratchConfig, build_from_scratch, train_bpe_tokenizer
+from rollouts.catalog import Catalog, CatalogError
+from rollouts.dialogue import Dialogue, DialogueError, DialogueFormat
+from rollouts.policy import load_policy, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SFTArguments:
+    """Options of `align/sft.py` beside TRL's `SFTConfig` (training) and `ModelConfig` (model, LoRA)."""
+
+    dataset: str = field(metadata={"help": "DABench folder (output of align.bench.dabench), or one DatasetDict in it."})
+    architecture: str = field(
+        default="SD 1.5", metadata={"help": "Base model architecture: one agent is trained per one."}
+    )
+    from_scratch: bool = field(
+        default=False, metadata={"help": "Train a tokenizer and a small Llama from nothing (see ScratchConfig)."}
+    )
+    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer; none: the model's own."})
+    gguf_file: str | None = field(default=None, metadata={"help": "Name of a GGUF file inside `model_name_or_path`."})
+    catalog: str | None = field(
+        default=None, metadata={"help": "Catalogue to validate sample answers with; none: `dataset`/catalog.jsonl."}
+    )
+    system_prompt: str | None = field(default=None, metadata={"help": "System message of every dialogue; none: none."})
+    negative_prompt: bool = field(default=False, metadata={"help": "Also tell the policy the negative prompt."})
+    plain_dialogue: bool = field(default=False, metadata={"help": "Ignore the tokenizer's chat template."})
+    max_train_rows: int | None = field(default=None, metadata={"help": "Train on this many rows only; none: all."})
+    max_eval_rows: int | None = field(default=500, metadata={"help": "Evaluate the loss on this many rows; none: all."})
+    sample_answers: int = field(
+        default=8, metadata={"help": "Answers written and validated at each evaluation; 0: none."}
+    )
+    sample_answer_tokens: int = field(default=256, metadata={"help": "Token limit of a sample answer."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after this many evaluations without a better one; none: never."}
+    )
+    merge_lora: bool = field(default=True, metadata={"help": "Save LoRA training as a merged, ordinary model."})
+    auto_resume: bool = field(
+        default=True, metadata={"help": "Go on from the last complete checkpoint in `output_dir`, if there is one."}
+    )
+
+
+def main(args: SFTArguments, training: SFTConfig, model_args: ModelConfig, scratch: ScratchConfig) -> dict[str, float]:
+    """Train, evaluate and save; returns the last metrics."""
+    _check(args, training, model_args)
+    data = load_pairs(args.dataset, args.architecture)
+    tokenizer, policy = _load(args, training, model_args, scratch, data["sft"])
+    dialogue = Dialogue(tokenizer, _dialogue_format(args))
+    max_length = training.max_length or tokenizer.model_max_length
+    train_rows = encode_pairs(_first(data["sft"], args.max_train_rows), dialogue, max_length, what="sft")
+    eval_rows = encode_pairs(_first(data["eval"], args.max_eval_rows), dialogue, max_length, what="eval")
+    _show_sample(train_rows[0], tokenizer)
+
+    output = Path(training.output_dir)
+    trainer = SFTTrainer(
+        model=policy,
+        args=training,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+        callbacks=_callbacks(args, output, dialogue, data["eval"]),
+    )
+    if trainer.is_world_process_zero():
+        save_config(output / "config.yaml", scratch, model_args, training, args)
+        dialogue.form.save(output)
+    trainer.train(resume_from_checkpoint=_resume_from(args, training))
+    metrics = trainer.evaluate() if training.eval_strategy != "no" else {}
+    _save(trainer, args, dialogue, output, metrics)
+    return metrics
+
+
+def _check(args: SFTArguments, training: SFTConfig, model_args: ModelConfig) -> None:
+    """Refuse combinations that would fail late or do something else than asked."""
+    if args.from_scratch == (model_args.model_name_or_path is not None):
+        raise ConfigError("Give either `model_name_or_path` or `from_scratch: true`, and not both.")
+    if training.trust_remote_code:
+        raise ConfigError("`trust_remote_code: true` would run code that came with a model; this toolkit never does.")
+    if training.assistant_only_loss or training.completion_only_loss is False:
+        raise ConfigError("The loss is always on the response only; leave the `*_only_loss` options alone.")
+    if args.early_stopping_patience is not None and not training.load_best_model_at_end:
+        raise ConfigError("`early_stopping_patience` needs `load_best_model_at_end: true`.")
+    prepare_cpu_deepspeed(training)
+
+
+def _load(
+    args: SFTArguments, training: SFTConfig, model_args: ModelConfig, scratch: ScratchConfig, rows: Any
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    if args.from_scratch:
+        texts = (text for row in rows for text in (row["instruction"]["prompt"], response_text(row["api"])))
+        tokenizer: PreTrainedTokenizerBase = train_bpe_tokenizer(texts, vocab_size=scratch.vocab_size)
+        model = build_from_scratch(scratch, tokenizer, seed=training.seed)
+        if model_args.attn_implementation is not None:
+            model.set_attn_implementation(model_args.attn_implementation)
+        return tokenizer, model
+    name = model_args.model_name_or_path
+    assert name is not None  # checked above
+    tokenizer = load_tokenizer(args.tokenizer_name_or_path or name, gguf_file=args.gguf_file)
+    policy = load_policy(
+        name,
+        gguf_file=args.gguf_file,
+        dtype=model_args.dtype or "float32",
+        revision=model_args.model_revision,
+        attn_implementation=model_args.attn_implementation,
+    )
+    return tokenizer, policy
+
+
+def _dialogue_format(args: SFTArguments) -> DialogueFormat:
+    return DialogueFormat(args.system_prompt, args.negative_prompt, args.plain_dialogue)
+
+
+def _first(rows: Any, count: int | None) -> Any:
+    """A seeded choice of rows: the first ones would all be of the same few models."""
+    return rows if count is None or count >= len(rows) else rows.shuffle(seed=0).select(range(count))
+
+
+def _show_sample(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Log one dialogue as the policy sees it, so that a wrong template or mask is seen before hours of training."""
+    learned = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    given = row["input_ids"][: len(row["input_ids"]) - len(learned)]
+    logger.info("given:   %r", tokenizer.decode(given))
+    logger.info("learned: %r", tokenizer.decode(learned))
+
+
+def _callbacks(args: SFTArguments, output: Path, dialogue: Dialogue, rows: Any) -> list[Any]:
+    callbacks: list[Any] = [MetricsFile(output)]
+    if args.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+    if args.sample_answers:
+        path = Path(args.catalog) if args.catalog else Path(args.dataset) / "catalog.jsonl"
+        if args.catalog or path.is_file():
+            chosen = _first(rows, args.sample_answers)
+            callbacks.append(SampleAnswers(dialogue, chosen, Catalog.load(path), args.sample_answer_tokens, output))
+        else:
+            logger.warning("No sample answers: there is no %s; name one with --catalog.", path)
+    return callbacks
+
+
+def _resume_from(args: SFTArguments, training: SFTConfig) -> str | None:
+    if training.resume_from_checkpoint:
+        return training.resume_from_checkpoint
+    found = last_complete_checkpoint(training.output_dir) if args.auto_resume else None
+    if found:
+        logger.info("going on from %s", found)
+    return found
+
+
+def _save(trainer: SFTTrainer, args: SFTArguments, dialogue: Dialogue, output: Path, metrics: dict[str, Any]) -> None:
+    """Save an ordinary model folder. Every process takes part: under ZeRO-3 each holds a piece of the weights."""
+    peft = hasattr(trainer.accelerator.unwrap_model(trainer.model), "merge_and_unload")
+    if peft and args.merge_lora and not trainer.is_deepspeed_enabled:
+        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    trainer.save_model(str(output))
+    if not trainer.is_world_process_zero():
+        return
+    dialogue.tokenizer.save_pretrained(output)
+    facts = {
+        "base": "from scratch" if args.from_scratch else trainer.model.config.name_or_path or "-",
+        "parameters": f"{sum(p.numel() for p in trainer.model.parameters()):,}",
+        "architecture": args.architecture,
+        "training rows": f"{len(trainer.train_dataset):,}",
+        "steps": trainer.state.global_step,
+        "best checkpoint": trainer.state.best_model_checkpoint or "-",
+    }
+    write_model_card(
+        output, title=f"DiffAgent-SFT for {args.architecture}", command=_command(), facts=facts, metrics=metrics
+    )
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(commit_message="DiffAgent-SFT")
+
+
+def _command() -> str:
+    return " ".join(["accelerate launch align/sft.py", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    run_command(
+        main, SFTArguments, SFTConfig, ModelConfig, ScratchConfig, errors=(DataError, CatalogError, DialogueError)
+    )

@@ -1,0 +1,1 @@
+"""A tiny but real embedded world for demos and tests."""

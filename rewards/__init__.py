@@ -1,0 +1,1 @@
+"""(prompt, image) -> score. Ground floor: imports nothing of the other packages."""

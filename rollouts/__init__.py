@@ -1,0 +1,1 @@
+"""Calling T2I APIs: what a call is, what can be called, how a policy proposes calls."""

@@ -1,0 +1,183 @@
+"""How instructions and calls are written as a dialogue: the one place that SFT, candidates and agents share.
+
+A pair becomes a single-round user-agent dialogue (DiffAgent Sec. 4.1) through the tokenizer's own chat template; base
+models without one get a plain "User: ... / Agent: ..." form. Training and generation see the same prompt tokens, since
+a pair is always encoded as the tokens of the prompt followed by the tokens of the rest.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from rollouts.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "dialogue.json"
+
+
+class DialogueError(ValueError):
+    """A dialogue that can't be written: the template refuses it, or it does not fit."""
+
+
+@dataclass(frozen=True)
+class DialogueFormat:
+    """What a policy was trained to read; saved beside its weights, because any other form is another language to it.
+
+    Attributes:
+        system_prompt: The system message; `None` leaves it to the template.
+        negative_prompt: Whether the user's message also says the negative prompt.
+        plain: Use the plain form although the tokenizer has a chat template.
+    """
+
+    system_prompt: str | None = None
+    negative_prompt: bool = False
+    plain: bool = False
+
+    def save(self, folder: str | Path) -> None:
+        """Write `dialogue.json` into a model folder."""
+        write_atomically(Path(folder) / FILE_NAME, json.dumps(asdict(self), indent=1).encode())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "DialogueFormat":
+        """Read `dialogue.json` of a model folder; the defaults if the model was not trained by this toolkit."""
+        path = Path(folder) / FILE_NAME
+        if not path.is_file():
+            logger.info("%s has no %s: using the default dialogue format", folder, FILE_NAME)
+            return cls()
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise DialogueError(f"{path} is not a dialogue format: {error}") from error
+
+
+class Encoded(NamedTuple):
+    """A dialogue as tokens: `labels` are the ids of the response (with its end token) and -100 elsewhere."""
+
+    input_ids: list[int]
+    labels: list[int]
+    shortened: bool  # whether the user's text was cut to fit
+
+
+class Dialogue:
+    """Writes dialogues for one tokenizer.
+
+    Text of users and of model cards is never trusted: control tokens spelled out in it are broken up by a space.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, form: DialogueFormat | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.form = form or DialogueFormat()
+        if tokenizer.eos_token is None:
+            raise DialogueError("The tokenizer has no EOS token, so a policy could never end its response.")
+        self.uses_template = bool(tokenizer.chat_template) and not self.form.plain
+        if not self.uses_template and not self.form.plain:
+            logger.info("The tokenizer has no chat template: using the plain User/Agent form.")
+        added = tokenizer.added_tokens_decoder.values()
+        self._control_tokens = sorted({t.content for t in added if t.special and len(t.content) > 1}, key=len)[::-1]
+
+    def user_text(self, instruction: Mapping[str, str] | str) -> str:
+        """The user's message of an instruction: its prompt, and its negative prompt if the format says so."""
+        if isinstance(instruction, str):
+            return instruction
+        negative = instruction.get("negative prompt", "")
+        if self.form.negative_prompt and negative:
+            return f"{instruction['prompt']}\nNegative prompt: {negative}"
+        return instruction["prompt"]
+
+    def prompt_text(self, instruction: Mapping[str, str] | str) -> str:
+        """Everything up to where the agent's response begins."""
+        return self._render(self.user_text(instruction), None)
+
+    def encode_prompt(self, instruction: Mapping[str, str] | str, max_tokens: int | None = None) -> list[int]:
+        """Token ids of `prompt_text`; the user's text is cut if they would be more than `max_tokens`."""
+        return self._fit(self.user_text(instruction), None, max_tokens)[0]
+
+    def encode(self, instruction: Mapping[str, str] | str, response: str, max_tokens: int | None = None) -> Encoded:
+        """Token ids and completion-only labels of a pair.
+
+        Args:
+            instruction: Prompt, or DABench's instruction object.
+            response: The agent's text, always kept whole.
+            max_tokens: The user's text is cut at its end if the dialogue would be longer than this.
+
+        Raises:
+            DialogueError: If the response alone does not fit.
+        """
+        prompt_ids, response_ids, shortened = self._fit(self.user_text(instruction), response, max_tokens)
+        labels = [-100] * len(prompt_ids) + response_ids
+        return Encoded(prompt_ids + response_ids, labels, shortened)
+
+    def decode(self, response_ids: Any) -> str:
+        """The response's text, without control tokens and surrounding white space."""
+        return str(self.tokenizer.decode(response_ids, skip_special_tokens=True)).strip()
+
+    def _fit(self, user: str, response: str | None, max_tokens: int | None) -> tuple[list[int], list[int], bool]:
+        prompt_ids, response_ids = self._encode_parts(user, response)
+        if max_tokens is None or len(prompt_ids) + len(response_ids) <= max_tokens:
+            return prompt_ids, response_ids, False
+        user_ids = self._ids(user)
+        while user_ids:
+            surplus = len(prompt_ids) + len(response_ids) - max_tokens
+            if surplus <= 0:
+                return prompt_ids, response_ids, True
+            user_ids = user_ids[: -max(surplus, 1)] if surplus < len(user_ids) else []
+            user = str(self.tokenizer.decode(user_ids, skip_special_tokens=True)).rstrip("\ufffd")
+            prompt_ids, response_ids = self._encode_parts(user, response)
+        if len(prompt_ids) + len(response_ids) > max_tokens:
+            raise DialogueError(
+                f"A dialogue needs {len(prompt_ids) + len(response_ids)} tokens without any of the user's text, but "
+                f"only {max_tokens} are allowed. Raise the limit or shorten the model descriptions."
+            )
+        return prompt_ids, response_ids, True
+
+    def _encode_parts(self, user: str, response: str | None) -> tuple[list[int], list[int]]:
+        prompt = self._render(user, None)
+        if response is None:
+            return self._ids(prompt), []
+        whole = self._render(user, response)
+        if not whole.startswith(prompt):
+            raise DialogueError(
+                "The chat template writes a prompt differently once a response follows it, so the response can't be "
+                "told from the prompt. Set `plain: true`, or give the tokenizer a template without such a condition."
+            )
+        rest = whole[len(prompt) :]
+        ids = self._ids(rest.rstrip("\n"))
+        end = self.tokenizer.eos_token_id
+        return self._ids(prompt), ids if ids[-1:] == [end] else [*ids, end]
+
+    def _render(self, user: str, response: str | None) -> str:
+        user = self._defuse(user)
+        response = self._defuse(response) if response is not None else None
+        if not self.uses_template:
+            system = f"{self.form.system_prompt}\n" if self.form.system_prompt else ""
+            bos = self.tokenizer.bos_token or ""
+            return f"{bos}{system}User: {user}\nAgent:" + (f" {response}" if response is not None else "")
+        messages = [{"role": "user", "content": user}]
+        if self.form.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": self.form.system_prompt})
+        if response is not None:
+            messages.append({"role": "assistant", "content": response})
+        from jinja2 import TemplateError
+
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=response is None)
+            )
+        except TemplateError as error:
+            raise DialogueError(f"The tokenizer's chat template refuses the dialogue: {error}") from error
+
+    def _defuse(self, text: str) -> str:
+        """Break up control tokens that somebody typed: `<|im_end|>` becomes `< |im_end|>`."""
+        for token in self._control_tokens:
+            if token in text:
+                text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,0 +1,115 @@
+"""Batched generation: what a policy answers to instructions, by greedy decoding or sampling."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from rollouts.dialogue import Dialogue
+
+
+class Response(NamedTuple):
+    """One answer.
+
+    Attributes:
+        index: Which instruction it answers.
+        text: As the policy wrote it, without control tokens.
+        num_tokens: Tokens written, including the end token.
+        finished: Whether it ended by itself rather than at the token limit.
+        seconds: Wall time of its batch divided by the batch's size.
+    """
+
+    index: int
+    text: str
+    num_tokens: int
+    finished: bool
+    seconds: float
+
+
+def generate_responses(
+    policy: PreTrainedModel,
+    dialogue: Dialogue,
+    instructions: Sequence[Mapping[str, str] | str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    max_prompt_tokens: int | None = None,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    skip: frozenset[int] = frozenset(),
+    progress: bool = True,
+) -> Iterator[Response]:
+    """Answer every instruction; yields in an order of its own (long prompts first), so look at `index`.
+
+    Batches are fixed by the instructions and `batch_size`, and each is seeded by `seed` and its first index, so a run
+    that was interrupted gives the same answers when it is resumed with `skip`.
+
+    Args:
+        policy: In evaluation mode, on its device.
+        dialogue: Format and tokenizer of the policy.
+        instructions: Prompts or DABench instruction objects.
+        max_new_tokens: Upper bound of a response, in tokens.
+        batch_size: Prompts per forward pass.
+        max_prompt_tokens: Longer prompts are cut (in the user's text).
+        do_sample: Multinomial sampling instead of greedy decoding; `temperature` and `top_p` as usual.
+        seed: Of sampling.
+        skip: Indices answered already; batches of which nothing is left are not computed.
+        progress: Show a progress bar.
+    """
+    prompts = [dialogue.encode_prompt(instruction, max_prompt_tokens) for instruction in instructions]
+    # Similar lengths share a batch: less padding. Longest first: running out of memory shows at once.
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
+    with tqdm(total=len(order), desc="answering", unit=" prompts", disable=not progress, mininterval=1.0) as bar:
+        for batch in batches:
+            if not skip.issuperset(batch):
+                yield from (
+                    response
+                    for response in _answer_batch(policy, dialogue, prompts, batch, max_new_tokens, sampling, seed)
+                    if response.index not in skip
+                )
+            bar.update(len(batch))
+
+
+@torch.inference_mode()
+def _answer_batch(
+    policy: PreTrainedModel,
+    dialogue: Dialogue,
+    prompts: list[list[int]],
+    batch: list[int],
+    max_new_tokens: int,
+    sampling: dict,
+    seed: int,
+) -> list[Response]:
+    tokenizer = dialogue.tokenizer
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    width = max(len(prompts[i]) for i in batch)
+    # Left padding: every prompt ends where its response begins.
+    rows = [[pad] * (width - len(prompts[i])) + prompts[i] for i in batch]
+    mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch]
+    device = policy.device
+    started = time.perf_counter()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed((seed * 1_000_003 + batch[0]) % 2**63)
+        output = policy.generate(
+            input_ids=torch.tensor(rows, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=end,
+            **(sampling or {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
+        )
+    seconds = (time.perf_counter() - started) / len(batch)
+    responses = []
+    for i, row in zip(batch, output[:, width:].tolist(), strict=True):
+        finished = end in row
+        tokens = row[: row.index(end)] if finished else row
+        responses.append(Response(i, dialogue.decode(tokens), len(tokens) + finished, finished, seconds))
+    return responses
