@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from rollouts.api import ARCHITECTURES, APICall, APICallError
-from rollouts.dialogue import Dialogue
+from rollouts.dialogue import Dialogue, DialogueError
 
 logger = logging.getLogger(__name__)
 
+REQUIRED_SPLITS = ("sft", "eval")
 REQUIRED_COLUMNS = ("id", "instruction", "api")
 
 
@@ -24,10 +25,12 @@ def load_pairs(folder: str | Path, architecture: str) -> Any:
         architecture: E.g. `SD 1.5`; ignored if `folder` is itself a DatasetDict.
 
     Raises:
-        DataError: If there is none, or it lacks the columns of DABench.
+        DataError: If there is none, or it lacks the splits or columns of DABench.
     """
     import datasets
 
+    if architecture not in ARCHITECTURES:
+        raise DataError(f"`architecture` must be one of {', '.join(ARCHITECTURES)}, but is {architecture!r}.")
     folder = Path(folder)
     path = folder if (folder / "dataset_dict.json").is_file() else folder / ARCHITECTURES[architecture].slug
     if not (path / "dataset_dict.json").is_file():
@@ -36,7 +39,14 @@ def load_pairs(folder: str | Path, architecture: str) -> Any:
             f"`dataset` {folder} has no DABench for {architecture} (it has: {', '.join(built) or 'none'}). "
             "Build it with python -m align.bench.dabench."
         )
-    data = datasets.load_from_disk(str(path))
+    try:
+        data: Any = datasets.load_from_disk(str(path))
+    except IndexError as error:  # datasets writes no file for an empty split, and then misses it
+        raise DataError(f"{path} has a split without rows. Build it from more data.") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} can't be read: {error}. Build it again with python -m align.bench.dabench.") from error
+    if absent := [split for split in REQUIRED_SPLITS if split not in data]:
+        raise DataError(f"{path}: the splits {absent} are missing.")
     for split, rows in data.items():
         missing = [column for column in REQUIRED_COLUMNS if column not in rows.column_names]
         if missing:
@@ -57,12 +67,17 @@ def encode_pairs(rows: Any, dialogue: Dialogue, max_length: int, *, what: str) -
         dialogue: Format and tokenizer.
         max_length: Tokens of a dialogue; the user's text is cut to fit, the call never.
         what: Name of the split, for messages.
+
+    Raises:
+        DataError: Naming the row that can't be encoded, or if there is none at all.
     """
+    if not len(rows):
+        raise DataError(f"{what} has no rows.")
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         try:
             encoded = dialogue.encode(row["instruction"], response_text(row["api"]), max_length)
-        except (APICallError, ValueError) as error:
+        except (APICallError, DialogueError) as error:
             raise DataError(f"{what} row {row['id']!r}: {error}") from error
         return {"input_ids": encoded.input_ids, "labels": encoded.labels, "shortened": encoded.shortened}
 

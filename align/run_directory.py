@@ -3,14 +3,17 @@
 import json
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rollouts.files import write_atomically
+from rewards.files import write_atomically
 
 logger = logging.getLogger(__name__)
+
+_SECRET = re.compile(r"(--\w*token[= ])\S+")
 
 
 class MetricsFile(TrainerCallback):
@@ -71,7 +74,7 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
     found = []
     for path in Path(folder).glob("checkpoint-*"):
         step = path.name.removeprefix("checkpoint-")
-        if not step.isdigit():
+        if not step.isdecimal():
             continue
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
@@ -85,26 +88,33 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
 def write_model_card(
     folder: str | Path, *, title: str, command: str, facts: dict[str, Any], metrics: dict[str, Any]
 ) -> None:
-    """Write a model card (README.md): what the model is, how it was made, how well it does, how to use it."""
-    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    numbers = "\n".join(
-        f"| {key} | {value:.4f} |" if isinstance(value, float) else f"| {key} | {value} |"
-        for key, value in metrics.items()
-    )
+    """Write a model card (README.md): what the model is, how it was made, how well it does, how to use it.
+
+    Args:
+        folder: Of the model.
+        title: Heading of the card.
+        command: What was typed; the values of its `--*_token` flags are not shown.
+        facts: Rows of the first table.
+        metrics: Rows of the second; floats are shown with four digits.
+    """
+    command = _SECRET.sub(r"\1***", command)
+    rows = "\n".join(f"| {key} | {_cell(str(value))} |" for key, value in facts.items())
+    numbers = "\n".join(f"| {key} | {_cell(value)} |" for key, value in metrics.items())
     text = f"""---
 library_name: transformers
 tags: [t2i-align, text-to-image, tool-use, diffagent]
 ---
 # {title}
 
-Answers a text-to-image prompt with a T2I API call: one JSON object with model, type, base model, size, sampler, steps, cfg
-scale and model description (DiffAgent, CVPR 2024). Trained with t2i-align:
+Answers a text-to-image prompt with a T2I API call: one JSON object with model, type, base model, size, sampler, steps,
+cfg scale and model description (DiffAgent, CVPR 2024). Trained with t2i-align:
 
 ```bash
 {command}
 ```
 
-The resolved configuration is in `config.yaml`, the dialogue format in `dialogue.json`, every logged number in `metrics.jsonl`.
+The resolved configuration is in `config.yaml`, the dialogue format in `dialogue.json`, every logged number in
+`metrics.jsonl`.
 
 | | |
 |---|---|
@@ -121,3 +131,7 @@ The model knows only the catalogue it was trained on, and can name models that d
 (`rollouts.catalog.Catalog.validate`). The catalogue's models have licences of their own.
 """
     write_atomically(Path(folder) / "README.md", text.encode())
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value).replace("|", r"\|")

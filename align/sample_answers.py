@@ -8,7 +8,6 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from rollouts.api import APICall, APICallError
 from rollouts.catalog import Catalog
 from rollouts.dialogue import Dialogue
 from rollouts.responses import generate_responses
@@ -16,15 +15,6 @@ from rollouts.responses import generate_responses
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("step", "prompt", "answer", "verdict", "asked for")
-
-
-def verdict_of(text: str, catalog: Catalog) -> str:
-    """`ok`, or the first reason why a response is not a callable call."""
-    try:
-        reasons = catalog.validate(APICall.from_json(text))
-    except APICallError as error:
-        return error.reason
-    return reasons[0] if reasons else "ok"
 
 
 class SampleAnswers(TrainerCallback):
@@ -68,7 +58,7 @@ class SampleAnswers(TrainerCallback):
                 "step": step,
                 "prompt": row["instruction"]["prompt"],
                 "answer": texts[i],
-                "verdict": verdict_of(texts[i], self.catalog),
+                "verdict": self.catalog.judge(texts[i]).reason or "ok",
                 "asked for": row["api"]["model"],
             }
             for i, row in enumerate(self.rows)
@@ -77,13 +67,13 @@ class SampleAnswers(TrainerCallback):
     def _to_wandb(
         self, args: TrainingArguments, state: TrainerState, table: list[dict[str, Any]], share: float
     ) -> None:
-        if "wandb" not in args.report_to:
+        if "wandb" not in (args.report_to or ()):
             return
         import wandb
 
         if wandb.run is None:
             return
-        rows = [[row[column] for column in COLUMNS] for row in table]
+        rows: list[Any] = [[row[column] for column in COLUMNS] for row in table]
         # An explicit axis: W&B drops steps that do not grow, which happens after a resume.
         wandb.log(
             {

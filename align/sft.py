@@ -7,6 +7,7 @@ tokenizer trained on the data). Resumes from the last complete checkpoint in `ou
 """
 
 import logging
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +16,13 @@ from typing import Any
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
-from align.commandline import ConfigError, run_command, save_config
 from align.distributed import prepare_cpu_deepspeed
 from align.pairs import DataError, encode_pairs, load_pairs, response_text
 from align.run_directory import MetricsFile, last_complete_checkpoint, write_model_card
 from align.sample_answers import SampleAnswers
 from align.scratch import ScratchConfig, build_from_scratch, train_bpe_tokenizer
+from rewards.commandline import ConfigError, run_command, save_config
+from rollouts.api import ARCHITECTURES
 from rollouts.catalog import Catalog, CatalogError
 from rollouts.dialogue import Dialogue, DialogueError, DialogueFormat
 from rollouts.policy import load_policy, load_tokenizer
@@ -67,13 +69,19 @@ def main(args: SFTArguments, training: SFTConfig, model_args: ModelConfig, scrat
     _check(args, training, model_args)
     data = load_pairs(args.dataset, args.architecture)
     tokenizer, policy = _load(args, training, model_args, scratch, data["sft"])
+    facts: dict[str, Any] = {
+        "base": model_args.model_name_or_path or "from scratch",
+        "parameters": f"{policy.num_parameters():,}",
+        "architecture": args.architecture,
+    }
     dialogue = Dialogue(tokenizer, _dialogue_format(args))
     max_length = training.max_length or tokenizer.model_max_length
     train_rows = encode_pairs(_first(data["sft"], args.max_train_rows), dialogue, max_length, what="sft")
     eval_rows = encode_pairs(_first(data["eval"], args.max_eval_rows), dialogue, max_length, what="eval")
     _show_sample(train_rows[0], tokenizer)
+    _check_wandb(training)
 
-    output = Path(training.output_dir)
+    output = Path(str(training.output_dir))
     trainer = SFTTrainer(
         model=policy,
         args=training,
@@ -88,7 +96,18 @@ def main(args: SFTArguments, training: SFTConfig, model_args: ModelConfig, scrat
         dialogue.form.save(output)
     trainer.train(resume_from_checkpoint=_resume_from(args, training))
     metrics = trainer.evaluate() if training.eval_strategy != "no" else {}
-    _save(trainer, args, dialogue, output, metrics)
+    facts |= {
+        "training rows": f"{len(train_rows):,}",
+        "steps": trainer.state.global_step,
+        "processes": f"{trainer.accelerator.num_processes} ({trainer.accelerator.distributed_type.value})",
+        "best checkpoint": trainer.state.best_model_checkpoint or "-",
+    }
+    _save(trainer, args, dialogue, output)
+    if trainer.is_world_process_zero():
+        title = f"DiffAgent-SFT for {args.architecture}"
+        write_model_card(output, title=title, command=_command(), facts=facts, metrics=metrics)
+        if training.push_to_hub:
+            trainer.push_to_hub(commit_message="DiffAgent-SFT")
     return metrics
 
 
@@ -96,6 +115,8 @@ def _check(args: SFTArguments, training: SFTConfig, model_args: ModelConfig) -> 
     """Refuse combinations that would fail late or do something else than asked."""
     if args.from_scratch == (model_args.model_name_or_path is not None):
         raise ConfigError("Give either `model_name_or_path` or `from_scratch: true`, and not both.")
+    if args.architecture not in ARCHITECTURES:
+        raise ConfigError(f"`architecture` must be one of {list(ARCHITECTURES)}, but got {args.architecture!r}.")
     if training.trust_remote_code:
         raise ConfigError("`trust_remote_code: true` would run code that came with a model; this toolkit never does.")
     if training.assistant_only_loss or training.completion_only_loss is False:
@@ -103,6 +124,20 @@ def _check(args: SFTArguments, training: SFTConfig, model_args: ModelConfig) -> 
     if args.early_stopping_patience is not None and not training.load_best_model_at_end:
         raise ConfigError("`early_stopping_patience` needs `load_best_model_at_end: true`.")
     prepare_cpu_deepspeed(training)
+
+
+def _check_wandb(training: SFTConfig) -> None:
+    """Say before training that W&B has no key; its own error is a traceback."""
+    if "wandb" not in (training.report_to or ()) or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return
+    import wandb
+
+    way_out = "Run `wandb login`, set WANDB_MODE=offline, or pass `--report_to none`."
+    try:
+        if not wandb.login(prompt=False):
+            raise ConfigError(f"W&B has no API key. {way_out}")
+    except wandb.Error as error:
+        raise ConfigError(f"W&B does not let us in: {error} {way_out}") from error
 
 
 def _load(
@@ -134,7 +169,10 @@ def _dialogue_format(args: SFTArguments) -> DialogueFormat:
 
 def _first(rows: Any, count: int | None) -> Any:
     """A seeded choice of rows: the first ones would all be of the same few models."""
-    return rows if count is None or count >= len(rows) else rows.shuffle(seed=0).select(range(count))
+    if count is None or count >= len(rows):
+        return rows
+    # In memory: else `datasets` writes its indices into the folder that the rows were loaded from.
+    return rows.shuffle(seed=0, keep_in_memory=True).select(range(count), keep_in_memory=True)
 
 
 def _show_sample(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -162,34 +200,21 @@ def _callbacks(args: SFTArguments, output: Path, dialogue: Dialogue, rows: Any) 
 def _resume_from(args: SFTArguments, training: SFTConfig) -> str | None:
     if training.resume_from_checkpoint:
         return training.resume_from_checkpoint
-    found = last_complete_checkpoint(training.output_dir) if args.auto_resume else None
+    found = last_complete_checkpoint(str(training.output_dir)) if args.auto_resume else None
     if found:
         logger.info("going on from %s", found)
     return found
 
 
-def _save(trainer: SFTTrainer, args: SFTArguments, dialogue: Dialogue, output: Path, metrics: dict[str, Any]) -> None:
+def _save(trainer: SFTTrainer, args: SFTArguments, dialogue: Dialogue, output: Path) -> None:
     """Save an ordinary model folder. Every process takes part: under ZeRO-3 each holds a piece of the weights."""
-    peft = hasattr(trainer.accelerator.unwrap_model(trainer.model), "merge_and_unload")
-    if peft and args.merge_lora and not trainer.is_deepspeed_enabled:
-        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    # ZeRO-3 can't merge pieces; there the adapter is saved as it is.
+    if args.merge_lora and hasattr(model, "merge_and_unload") and not trainer.is_deepspeed_enabled:
+        trainer.model = model.merge_and_unload()
     trainer.save_model(str(output))
-    if not trainer.is_world_process_zero():
-        return
-    dialogue.tokenizer.save_pretrained(output)
-    facts = {
-        "base": "from scratch" if args.from_scratch else trainer.model.config.name_or_path or "-",
-        "parameters": f"{sum(p.numel() for p in trainer.model.parameters()):,}",
-        "architecture": args.architecture,
-        "training rows": f"{len(trainer.train_dataset):,}",
-        "steps": trainer.state.global_step,
-        "best checkpoint": trainer.state.best_model_checkpoint or "-",
-    }
-    write_model_card(
-        output, title=f"DiffAgent-SFT for {args.architecture}", command=_command(), facts=facts, metrics=metrics
-    )
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub(commit_message="DiffAgent-SFT")
+    if trainer.is_world_process_zero():
+        dialogue.tokenizer.save_pretrained(output)
 
 
 def _command() -> str:

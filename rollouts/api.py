@@ -85,7 +85,10 @@ def size_problem(base_model: str, width: int, height: int) -> str | None:
     bounds = ARCHITECTURES[base_model]
     for side, pixels in (("width", width), ("height", height)):
         if not bounds.min_side <= pixels <= bounds.max_side:
-            return f"`{side}` must be {bounds.min_side} to {bounds.max_side} pixels for {base_model}, but is {pixels}"
+            return (
+                f"`{side}` must be {bounds.min_side} to {bounds.max_side} pixels for {base_model}, "
+                f"but is {_show(pixels)}"
+            )
         if pixels % SIZE_MULTIPLE:
             return f"`{side}` must be a multiple of {SIZE_MULTIPLE} pixels, but is {pixels}"
     if width * height > bounds.max_pixels:
@@ -153,7 +156,7 @@ class APICall(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """The call as a dict with DABench's field names, in DABench's order; a whole `cfg scale` is an int (7)."""
         value = self.model_dump(by_alias=True)
-        if self.cfg_scale.is_integer():
+        if self.cfg_scale == int(self.cfg_scale):
             value["cfg scale"] = int(self.cfg_scale)
         return value
 
@@ -184,8 +187,11 @@ def _as_api_call_error(error: ValidationError) -> APICallError:
     reason = _REASON_OF_PYDANTIC_ERROR.get(first["type"], "wrong_type")
     if first["type"] == "literal_error" and field and isinstance(first["input"], str):
         reason = _REASON_OF_UNKNOWN_LITERAL[field]
-    got = "" if reason == "missing_field" else f" (got {_shorten(repr(first['input']))})"
-    return APICallError(reason, f"`{field}`: {first['msg']}{got}", field)
+    elif first["type"] == "float_type" and type(first["input"]) is int:  # 400 digits: a number, but no float
+        reason = "out_of_range"
+    got = "" if reason == "missing_field" else f" (got {_show(first['input'])})"
+    where = f"`{_shorten(field)}`: " if field is not None else ""
+    return APICallError(reason, f"{where}{first['msg']}{got}", field)
 
 
 def _reject_constant(name: str) -> NoReturn:
@@ -199,6 +205,13 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise APICallError("duplicate_field", f"`{_shorten(key)}` stands more than once", key)
         value[key] = item
     return value
+
+
+def _show(value: Any) -> str:
+    try:
+        return _shorten(repr(value))
+    except (ValueError, RecursionError):  # thousands of digits or of brackets: Python refuses to write them
+        return f"an enormous {type(value).__name__}"
 
 
 def _shorten(text: str, limit: int = 80) -> str:

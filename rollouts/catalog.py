@@ -8,10 +8,11 @@ catalog.validate(APICall.from_json(response))  # [] or the reasons why it can't 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
+from rewards.files import write_atomically
 from rollouts.api import (
     ARCHITECTURES,
     DEFAULT_CFG,
@@ -22,12 +23,23 @@ from rollouts.api import (
     APICallError,
     Reason,
 )
-from rollouts.files import write_atomically
 from rollouts.names import name_problem
 
 
 class CatalogError(ValueError):
     """A catalogue file or entry that can't be used; the message names the file, the line and the field."""
+
+
+class Judged(NamedTuple):
+    """A response, judged.
+
+    Attributes:
+        call: The call it is, if it is well-formed; it can still name a model that does not exist.
+        reason: Why it can't be called (one of `rollouts.api.REASONS`; of several the first), or `None` if it can.
+    """
+
+    call: APICall | None
+    reason: Reason | None
 
 
 class CatalogFile(BaseModel):
@@ -65,10 +77,10 @@ class CatalogEntry(BaseModel):
     base_checkpoint: str | None = None  # LoRA only: the catalogue name it is used with
     files: list[CatalogFile] = []
     trigger_words: list[str] = []
-    lora_weight: float | None = None  # LoRA only
+    lora_weight: FiniteFloat | None = None  # LoRA only
     description: str = ""
     default_parameters: Parameters
-    stats: dict[str, float] = {}
+    stats: dict[str, FiniteFloat] = {}
     license: dict[str, str] = {}
 
     @field_validator("name")
@@ -164,6 +176,14 @@ class Catalog(Mapping[str, CatalogEntry]):
             reasons.append("base_model_mismatch")
         return reasons
 
+    def judge(self, text: str) -> Judged:
+        """Whether a response is a call that can be made (what DiffAgent Sec. 4.2.1 calls hallucination, otherwise)."""
+        try:
+            call = APICall.from_json(text)
+        except APICallError as error:
+            return Judged(None, error.reason)
+        return Judged(call, next(iter(self.validate(call)), None))
+
     def reconstruct(self, model_info: Mapping[str, Any] | str, parameters: Mapping[str, Any] | None = None) -> APICall:
         """The complete call for a model (DiffAgent Sec. 3.2.2, "Response reconstruction").
 
@@ -199,13 +219,13 @@ class Catalog(Mapping[str, CatalogEntry]):
         Args:
             base_model: The architecture, e.g. `SD 1.5`.
             name: The baseline model; by default the most downloaded checkpoint of the architecture.
+
+        Raises:
+            CatalogError: If there is no such checkpoint.
         """
-        checkpoints = [entry for entry in self.of_architecture(base_model) if entry.type == "Checkpoint"]
-        if name is not None:
-            entry = self._by_name.get(name)
-        else:
-            entry = max(checkpoints, key=lambda e: e.stats.get("downloads", 0), default=None)
-        if entry is None or entry.base_model != base_model:
+        checkpoints = [e for e in self.of_architecture(base_model) if e.type == "Checkpoint" and name in (None, e.name)]
+        entry = max(checkpoints, key=lambda e: e.stats.get("downloads", 0), default=None)
+        if entry is None:
             raise CatalogError(f"The catalogue has no {base_model} checkpoint{f' {name!r}' if name else ''}.")
         side = ARCHITECTURES[base_model].default_side
         return self.reconstruct(
@@ -265,11 +285,12 @@ class Catalog(Mapping[str, CatalogEntry]):
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8") as lines:
+    # Read as bytes, so that a row that is not UTF-8 is found out where its number is known.
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                yield number, json.loads(line)
-            except ValueError as error:
+                yield number, json.loads(line.decode())
+            except (ValueError, RecursionError) as error:
                 raise CatalogError(f"{path}, row {number}: not JSON ({error})") from error
 
 
@@ -279,10 +300,13 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
     try:
         table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise CatalogError(f"{path}: not a Parquet file ({error})") from error
     for number, row in enumerate(table.to_pylist(), start=1):
         for key in ("stats", "license"):
             if isinstance(row.get(key), str):
-                row[key] = json.loads(row[key])
+                try:
+                    row[key] = json.loads(row[key])
+                except ValueError as error:
+                    raise CatalogError(f"{path}, row {number}, `{key}`: not JSON ({error})") from error
         yield number, row

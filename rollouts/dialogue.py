@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from rollouts.files import write_atomically
+from rewards.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,13 @@ class DialogueFormat:
     negative_prompt: bool = False
     plain: bool = False
 
+    def __post_init__(self) -> None:
+        if self.system_prompt is not None and not isinstance(self.system_prompt, str):
+            raise DialogueError(f"`system_prompt` must be text or none, but is {self.system_prompt!r}.")
+        for name in ("negative_prompt", "plain"):
+            if not isinstance(getattr(self, name), bool):
+                raise DialogueError(f"`{name}` must be true or false, but is {getattr(self, name)!r}.")
+
     def save(self, folder: str | Path) -> None:
         """Write `dialogue.json` into a model folder."""
         write_atomically(Path(folder) / FILE_NAME, json.dumps(asdict(self), indent=1).encode())
@@ -51,7 +58,7 @@ class DialogueFormat:
             logger.info("%s has no %s: using the default dialogue format", folder, FILE_NAME)
             return cls()
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise DialogueError(f"{path} is not a dialogue format: {error}") from error
 
@@ -78,8 +85,11 @@ class Dialogue:
         self.uses_template = bool(tokenizer.chat_template) and not self.form.plain
         if not self.uses_template and not self.form.plain:
             logger.info("The tokenizer has no chat template: using the plain User/Agent form.")
-        added = tokenizer.added_tokens_decoder.values()
-        self._control_tokens = sorted({t.content for t in added if t.special and len(t.content) > 1}, key=len)[::-1]
+        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        # Longest first: breaking up a shorter one inside would leave the rest of the longer one as it was.
+        self._control_tokens = sorted(
+            (token for token in added | set(tokenizer.all_special_tokens) if len(token) > 1), key=len, reverse=True
+        )
 
     def user_text(self, instruction: Mapping[str, str] | str) -> str:
         """The user's message of an instruction: its prompt, and its negative prompt if the format says so."""
@@ -95,7 +105,11 @@ class Dialogue:
         return self._render(self.user_text(instruction), None)
 
     def encode_prompt(self, instruction: Mapping[str, str] | str, max_tokens: int | None = None) -> list[int]:
-        """Token ids of `prompt_text`; the user's text is cut if they would be more than `max_tokens`."""
+        """Token ids of `prompt_text`; the user's text is cut if they would be more than `max_tokens`.
+
+        Raises:
+            DialogueError: If the template refuses the dialogue, or is longer than `max_tokens` by itself.
+        """
         return self._fit(self.user_text(instruction), None, max_tokens)[0]
 
     def encode(self, instruction: Mapping[str, str] | str, response: str, max_tokens: int | None = None) -> Encoded:
@@ -107,7 +121,7 @@ class Dialogue:
             max_tokens: The user's text is cut at its end if the dialogue would be longer than this.
 
         Raises:
-            DialogueError: If the response alone does not fit.
+            DialogueError: If the response alone does not fit, or the template does not suit (see the message).
         """
         prompt_ids, response_ids, shortened = self._fit(self.user_text(instruction), response, max_tokens)
         labels = [-100] * len(prompt_ids) + response_ids
@@ -121,13 +135,13 @@ class Dialogue:
         prompt_ids, response_ids = self._encode_parts(user, response)
         if max_tokens is None or len(prompt_ids) + len(response_ids) <= max_tokens:
             return prompt_ids, response_ids, False
-        user_ids = self._ids(user)
+        user_ids = self._ids(self._defuse(user))
         while user_ids:
             surplus = len(prompt_ids) + len(response_ids) - max_tokens
             if surplus <= 0:
                 return prompt_ids, response_ids, True
-            user_ids = user_ids[: -max(surplus, 1)] if surplus < len(user_ids) else []
-            user = str(self.tokenizer.decode(user_ids, skip_special_tokens=True)).rstrip("\ufffd")
+            user_ids = user_ids[:-surplus] if surplus < len(user_ids) else []
+            user = str(self.tokenizer.decode(user_ids, clean_up_tokenization_spaces=False)).rstrip("\ufffd")
             prompt_ids, response_ids = self._encode_parts(user, response)
         if len(prompt_ids) + len(response_ids) > max_tokens:
             raise DialogueError(
@@ -147,6 +161,11 @@ class Dialogue:
                 "told from the prompt. Set `plain: true`, or give the tokenizer a template without such a condition."
             )
         rest = whole[len(prompt) :]
+        if not rest.lstrip().startswith(self._defuse(response).strip()):
+            raise DialogueError(
+                f"The chat template writes {rest[:40]!r} where the response {response[:40]!r} should begin, and the "
+                "policy would learn to write that as well. Set `plain: true`, or give the tokenizer another template."
+            )
         ids = self._ids(rest.rstrip("\n"))
         end = self.tokenizer.eos_token_id
         return self._ids(prompt), ids if ids[-1:] == [end] else [*ids, end]
@@ -167,7 +186,12 @@ class Dialogue:
 
         try:
             return str(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=response is None)
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=response is None,
+                    enable_thinking=False,  # Qwen3 and its like: the empty thought belongs to the prompt
+                )
             )
         except TemplateError as error:
             raise DialogueError(f"The tokenizer's chat template refuses the dialogue: {error}") from error

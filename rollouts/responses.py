@@ -2,13 +2,23 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rollouts.dialogue import Dialogue
+
+# Greedy decoding and sampling mean just that, whatever a published model's generation_config.json adds to them.
+_NOTHING_ELSE: dict[str, Any] = {
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_p": None,
+    "typical_p": 1.0,
+}
 
 
 class Response(NamedTuple):
@@ -65,7 +75,9 @@ def generate_responses(
     # Similar lengths share a batch: less padding. Longest first: running out of memory shows at once.
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if do_sample:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     with tqdm(total=len(order), desc="answering", unit=" prompts", disable=not progress, mininterval=1.0) as bar:
         for batch in batches:
             if not skip.issuperset(batch):
@@ -84,11 +96,12 @@ def _answer_batch(
     prompts: list[list[int]],
     batch: list[int],
     max_new_tokens: int,
-    sampling: dict,
+    sampling: dict[str, Any],
     seed: int,
 ) -> list[Response]:
     tokenizer = dialogue.tokenizer
-    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    end = cast(int, tokenizer.eos_token_id)  # Dialogue refuses tokenizers without one
+    pad = end if tokenizer.pad_token_id is None else cast(int, tokenizer.pad_token_id)
     width = max(len(prompts[i]) for i in batch)
     # Left padding: every prompt ends where its response begins.
     rows = [[pad] * (width - len(prompts[i])) + prompts[i] for i in batch]
@@ -98,13 +111,13 @@ def _answer_batch(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed((seed * 1_000_003 + batch[0]) % 2**63)
-        output = policy.generate(
+        output = cast(Any, policy).generate(
             input_ids=torch.tensor(rows, device=device),
             attention_mask=torch.tensor(mask, device=device),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
             eos_token_id=end,
-            **(sampling or {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
+            **(_NOTHING_ELSE | sampling),
         )
     seconds = (time.perf_counter() - started) / len(batch)
     responses = []

@@ -50,7 +50,7 @@ KNOWN_SAMPLERS: frozenset[str] = frozenset(SAMPLERS) | {
 }
 _BY_LOWER_CASE = {name.lower(): name for name in KNOWN_SAMPLERS}
 _SCHEDULE_BY_LOWER_CASE = {name.lower(): name for name in (*SCHEDULES, "Uniform", "Automatic")}
-_A1111_VERSION = re.compile(r"v?(\d+)\.(\d+)")
+_A1111_VERSION = re.compile(r"(\d+)\.(\d+)(?:\.\d+)*")
 
 
 def normalize_sampler(name: str, schedule: str | None = None, version: str | None = None) -> str | None:

@@ -38,3 +38,16 @@ def tiny():
         intermediate_size=48,
         max_position_embeddings=64,
     )
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory):
+    """A small DABench of both architectures, built from an invented community of 24 models."""
+    from align.bench.config import DABenchConfig
+    from align.bench.dabench import build
+    from pocket.community import write_dump
+
+    folder = tmp_path_factory.mktemp("bench")
+    write_dump(folder / "models.jsonl", num_models=24, images_per_version=16, seed=0)
+    build(DABenchConfig(source=str(folder / "models.jsonl"), output=str(folder / "dabench"), plots=False))
+    return folder / "dabench"

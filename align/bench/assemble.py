@@ -18,7 +18,7 @@ from align.bench.records import ModelRecord, Stats, VersionRecord
 from align.bench.resolve import Dropped, VersionIndex
 from rollouts.api import ARCHITECTURES, DEFAULT_CFG, DEFAULT_SAMPLER, DEFAULT_STEPS
 from rollouts.catalog import Catalog, CatalogEntry
-from rollouts.names import clean_name
+from rollouts.names import MAX_NAME_LENGTH, clean_name
 
 PARAMETERS = ("size", "sampler", "steps", "cfg_scale")
 
@@ -144,10 +144,11 @@ def unique_names(drafts: Iterable[dict[str, Any]]) -> dict[int, str]:
     names: dict[int, str] = {}
     taken: set[str] = set()
     for draft in sorted(drafts, key=lambda d: d["version_id"]):
-        model, version = clean_name(draft["model_name"])[:100], clean_name(draft["version_name"])[:50]
+        model, version = draft["model_name"], draft["version_name"]
         name = clean_name(f"{model} - {version}" if version else model)
-        if name.lower() in taken:
-            name = f"{name} ({draft['version_id']})"
+        suffix = f" ({draft['version_id']})"
+        while name.lower() in taken:  # more than once if somebody called a model "<name> (<id>)"
+            name = name[: MAX_NAME_LENGTH - len(suffix)].strip() + suffix
         taken.add(name.lower())
         names[draft["version_id"]] = name
     return names

@@ -1,8 +1,25 @@
 """Options of `python -m align.bench.dabench`."""
 
+import math
 from dataclasses import dataclass, field
 
+from align.bench.descriptions import MIN_CHARS
 from rollouts.api import ARCHITECTURES
+
+MAX_DESCRIPTION_CHARS = 4000  # of a call's `model description`
+
+_BOUNDS = (
+    ("min_downloads_quantile", 0, 1),
+    ("sft_share", 0, 1),
+    ("rrhf_share", 0, 1),
+    ("near_duplicate", 0.5, 1),
+    ("max_prompt_chars", 1, 20_000),
+    ("description_max_chars", MIN_CHARS, MAX_DESCRIPTION_CHARS),
+    ("llm_concurrency", 1, 1000),
+    ("sample_prompts", 0, math.inf),
+    ("api_images_per_version", 1, math.inf),
+    ("records_per_part", 1, math.inf),
+)
 
 
 @dataclass
@@ -86,16 +103,15 @@ class DABenchConfig:
             known = ["Checkpoint", "LoRA"] if name == "types" else list(ARCHITECTURES)
             if unknown := sorted(set(getattr(self, name)) - set(known)) or not getattr(self, name):
                 raise ValueError(f"`{name}` must be a non-empty list out of {known}, but got {unknown or '[]'}.")
-        for name in ("min_downloads_quantile", "sft_share", "rrhf_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must lie between 0 and 1, but got {getattr(self, name)}.")
+        for name, low, high in _BOUNDS:
+            if not low <= getattr(self, name) <= high:
+                bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+                raise ValueError(f"`{name}` must be {bounds}, but got {getattr(self, name)}.")
         if self.sft_share + self.rrhf_share > 1:
             raise ValueError(
                 f"`sft_share` + `rrhf_share` must be at most 1, but got {self.sft_share} + {self.rrhf_share}."
             )
-        if not 0.5 <= self.near_duplicate <= 1:
-            raise ValueError(f"`near_duplicate` must lie between 0.5 and 1, but got {self.near_duplicate}.")
-        if self.records_per_part < 1:
-            raise ValueError(f"`records_per_part` must be at least 1, but got {self.records_per_part}.")
         if (self.llm_base_url is None) != (self.llm_model is None):
             raise ValueError("`llm_base_url` and `llm_model` must be given together.")
+        if self.llm_base_url is not None and not self.llm_base_url.startswith(("http://", "https://")):
+            raise ValueError(f"`llm_base_url` must start with http:// or https://, but got {self.llm_base_url!r}.")

@@ -1,7 +1,7 @@
 """Build DABench: instruction-call pairs and a catalogue of callable models from Civitai records (DiffAgent Sec. 3.1).
 
     python -m align.bench.dabench --source models.jsonl.gz --output data/dabench
-    python -m align.bench.dabench --source https://civitai.com/api/v1 --output data/dabench --config configs/diffagent/dabench.yaml
+    python -m align.bench.dabench --source https://civitai.com/api/v1 --output data/dabench --api_max_models 1000
 
 Writes `catalog.jsonl`, one `datasets.DatasetDict` per architecture (`sd15/`, `sdxl/`; splits sft, rrhf, eval),
 `funnel.json`, `config.yaml` and a data card. A build that was killed goes on where it was when started again.
@@ -19,16 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from align.bench import assemble
+from align.bench.cached_http import RequestError
+from align.bench.civitai_api import CivitaiClient
 from align.bench.config import DABenchConfig
 from align.bench.datacard import draw_distributions, row_distributions, write_data_card
-from align.bench.descriptions import Description, ExtractiveDescriber, LLMDescriber
+from align.bench.descriptions import Description, ExtractiveDescriber
 from align.bench.extract import extract, read_parts
 from align.bench.funnel import Funnel
+from align.bench.llm_descriptions import LLMDescriber, LLMEndpointError
 from align.bench.sources import Opener, SourceError, open_source, source_fingerprint
-from align.commandline import ConfigError, run_command, save_config
+from rewards.commandline import ConfigError, run_command, save_config
+from rewards.files import write_atomically
 from rollouts.api import ARCHITECTURES
 from rollouts.catalog import Catalog
-from rollouts.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +55,13 @@ def build(config: DABenchConfig) -> dict[str, Any]:
 
     Raises:
         SourceError: If the source can't be read, or nothing in it can become a row.
+        ConfigError: If an option can't be used: `output` is a file, a token holds characters no token has, ...
+        RequestError: If the live API fails for good. What it answered is kept; a restart goes on there.
+        LLMEndpointError: Likewise for the endpoint of the descriptions.
     """
     output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"`output` {output} is a file; name a folder, which may not exist yet.")
     work = output / ".work"
     parts_folder = _parts_folder(work, config)
     paths = extract(_opener(config, work), config, parts_folder)
@@ -97,10 +105,12 @@ def _parts_folder(work: Path, config: DABenchConfig) -> Path:
 
 def _opener(config: DABenchConfig, work: Path) -> Opener:
     def api(base_url: str) -> Iterator[dict[str, Any]]:
-        from align.bench.civitai_api import CivitaiClient
-
         token = os.environ.get(config.api_token_env)
-        with CivitaiClient(base_url, cache_dir=work / "api-pages", token=token) as client:
+        try:
+            client = CivitaiClient(base_url, cache_dir=work / "api-pages", token=token)
+        except ValueError as error:
+            raise ConfigError(f"`source` {base_url} with the token in {config.api_token_env}: {error}") from error
+        with client:
             yield from client.iter_models(
                 base_models=config.base_models,
                 types=["LORA" if name == "LoRA" else name for name in config.types],
@@ -123,11 +133,14 @@ def _merge_counts(paths: list[Path]) -> tuple[Funnel, dict[str, Counter[str]]]:
 
 
 def _nothing_left(config: DABenchConfig, funnel: Funnel) -> str:
-    stage = next(
-        (s for s in ("models", "versions", "images") if s in funnel.stages and not funnel.stages[s].left), None
-    )
-    if stage is None:
+    if not funnel.stages:
         return f"`source` {config.source} holds no records."
+    # The first kind of thing of which none is left; the stages are in this order.
+    for stage in ("models", "versions", "images"):
+        if stage not in funnel.stages:
+            return f"Nothing in {config.source} can become a row: its models have no {stage}."
+        if not funnel.stages[stage].left:
+            break
     removed = funnel.stages[stage].removed
     worst = max(removed, key=lambda rule: removed[rule])
     example = next(iter(funnel.stages[stage].examples.get(worst, [])), "")
@@ -153,14 +166,17 @@ def _build_catalog(
 def _describe(cards: Iterator[Any], config: DABenchConfig, work: Path) -> Iterator[Description]:
     if config.llm_base_url is None or config.llm_model is None:
         return iter(ExtractiveDescriber(max_chars=config.description_max_chars).describe(cards))
-    describer = LLMDescriber(
-        config.llm_base_url,
-        config.llm_model,
-        api_key=os.environ.get(config.llm_api_key_env),
-        cache_path=work / "descriptions.sqlite",
-        concurrency=config.llm_concurrency,
-        max_chars=config.description_max_chars,
-    )
+    try:
+        describer = LLMDescriber(
+            config.llm_base_url,
+            config.llm_model,
+            api_key=os.environ.get(config.llm_api_key_env),
+            cache_path=work / "descriptions.sqlite",
+            concurrency=config.llm_concurrency,
+            max_chars=config.description_max_chars,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     return iter(describer.describe(cards))
 
 
@@ -169,8 +185,10 @@ def _write_data_sets(
 ) -> dict[str, Any]:
     """One DatasetDict per architecture, each put in place by a rename."""
     splits = assemble.split_rows(spool, catalog, config)
+    # Left by a build that was killed, perhaps one with other options: `datasets` would take it for this one's.
+    shutil.rmtree(scratch / "datasets-cache", ignore_errors=True)
     architectures = {}
-    for name in config.base_models:
+    for name in ARCHITECTURES:  # also those out of scope: an earlier build may have left theirs
         folder = output / ARCHITECTURES[name].slug
         counts = _write_architecture(name, spool, catalog, splits, folder, scratch)
         if counts is not None:
@@ -195,20 +213,26 @@ def _write_architecture(
         handles[split].write(json.dumps(assemble.dabench_row(row, entry, split), ensure_ascii=False) + "\n")
     for handle in handles.values():
         handle.close()
-    shutil.rmtree(folder, ignore_errors=True)
     if not counts:
+        shutil.rmtree(folder, ignore_errors=True)
         return None
     cache = str(scratch / "datasets-cache")
     data = datasets.DatasetDict(
         {
             name: datasets.Dataset.from_generator(
-                assemble.read_rows, features=row_features(), gen_kwargs={"path": path}, cache_dir=cache, split=name
+                assemble.read_rows,
+                features=row_features(),
+                gen_kwargs={"path": path},
+                cache_dir=cache,
+                split=datasets.NamedSplit(name),
             )
             for name, path in files.items()
         }
     )
     temporary = scratch / f"{folder.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
     data.save_to_disk(str(temporary))
+    shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     versions = {row["api"]["model"] for name in SPLITS for row in assemble.read_rows(files[name])}
     return {"rows": counts.total(), "splits": {n: counts[n] for n in SPLITS}, "versions": len(versions)}
@@ -254,10 +278,12 @@ def main(config: DABenchConfig) -> None:
         summary = build(config)
     except ImportError as error:
         raise ConfigError(str(error)) from error
+    except OSError as error:
+        raise ConfigError(f"`output` {config.output} can't be written: {error}") from error
     for name, values in summary["architectures"].items():
         logger.info("%s: %s rows %s, %d versions", name, f"{values['rows']:,}", values["splits"], values["versions"])
     logger.info("%s callable versions; see %s", f"{summary['catalog']:,}", Path(config.output) / "README.md")
 
 
 if __name__ == "__main__":
-    run_command(main, DABenchConfig, errors=(SourceError,))
+    run_command(main, DABenchConfig, errors=(SourceError, RequestError, LLMEndpointError))

@@ -1,5 +1,6 @@
 """The data card: README.md of a DABench folder, with the distributions of DiffAgent Fig. 2 as plots."""
 
+import contextlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,11 @@ from typing import Any
 from align.bench.config import DABenchConfig
 from align.bench.filters import availability_rules, model_rules, quality_rules
 from align.bench.funnel import Funnel
-from rollouts.files import write_atomically
+from rewards.files import write_atomically
 
 # Rules that are no `Rule` objects, because they need more than one record.
 EXPLANATIONS = {
-    "invalid_json": "the line or file is not JSON",
+    "invalid_json": "the line or file is not JSON, or nests too deep",
     "malformed_record": "not the shape of a Civitai model",
     "malformed_version": "not the shape of a Civitai model version",
     "malformed_image": "not the shape of a Civitai image",
@@ -22,7 +23,6 @@ EXPLANATIONS = {
     "prompt_too_long": "the prompt is longer than `max_prompt_chars`",
     "sampler_missing": "no sampler",
     "sampler_unknown": "not an A1111 sampler (one of an extension, mostly)",
-    "steps_missing": "no sampling steps",
     "steps_invalid": "steps missing, no whole number, or out of bounds",
     "cfg_invalid": "cfg scale missing, no number, or out of bounds",
     "size_missing": "no picture size",
@@ -35,7 +35,7 @@ EXPLANATIONS = {
     "checkpoint_with_lora": "a checkpoint's image that also uses a LoRA",
     "checkpoint_hash_missing": "does not say which checkpoint it was made with",
     "base_unresolved": "made with a checkpoint that is not in the source",
-    "base_unavailable": "made with a checkpoint that can't be called (NSFW, pickle, out of scope, ...)",
+    "base_unavailable": "made with a checkpoint that can't be called (pickle only, failed scan, ...)",
     "base_ambiguous": "its short hash fits several checkpoints",
     "base_of_other_architecture": "LoRA and checkpoint are of different architectures",
     "below_quality": "its version broke a quality rule",
@@ -95,8 +95,10 @@ def draw_distributions(distributions: dict[str, Counter[str]], path: Path) -> No
     for position, (key, title) in enumerate(shown, start=1):
         axes = figure.add_subplot(lines, columns, position)
         labels, values = zip(*_bars(distributions[key]), strict=True)
+        positions = range(len(labels))
+        axes.barh(positions, values, color="#4c72b0")
         # "$" would start a formula, and the labels come from the internet.
-        axes.barh([label.replace("$", r"\$") for label in labels], values, color="#4c72b0")
+        axes.set_yticks(positions, [label.replace("$", r"\$") for label in labels])
         axes.invert_yaxis()
         axes.set_title(title, fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)
@@ -109,10 +111,8 @@ def _bars(counts: Counter[str]) -> list[tuple[str, int]]:
     """Bars of one chart: numbers and magnitudes in their order, names by frequency."""
     top = counts.most_common(MAX_BARS)
     rest = sum(counts.values()) - sum(value for _, value in top)
-    try:
+    with contextlib.suppress(ValueError):  # names: by frequency, as they are
         top.sort(key=lambda item: -1.0 if item[0] == "hidden" else float(item[0]))
-    except ValueError:
-        pass  # names: by frequency, as they are
     return [(label[:28], value) for label, value in top] + ([("others", rest)] if rest else [])
 
 
@@ -147,8 +147,9 @@ from rollouts.catalog import Catalog
 catalog = Catalog.load("catalog.jsonl")   # {summary["catalog"]:,} callable versions
 ```
 
-Each row: `id`, `instruction` (prompt, negative prompt), `api` (the nine fields of a call), `base_model`, `split`, `source`.
-Prompts whose words overlap by {config.near_duplicate:.0%} or more (Jaccard) are in one split. Model descriptions: {described}.
+Each row: `id`, `instruction` (prompt, negative prompt), `api` (the nine fields of a call), `base_model`, `split`,
+`source`. Prompts whose words overlap by {config.near_duplicate:.0%} or more (Jaccard) are in one split. Model
+descriptions: {described}.
 
 ## What was left out, and why
 Quality rules are counted under versions; an image made with a version that broke one is counted as `below_quality`.
@@ -160,6 +161,7 @@ Quality rules are counted under versions; an image made with a version that brok
     text += """
 ## Terms
 The records are public metadata that users of the community wrote, under the community's terms; each model has its own
-licence (`license` in the catalogue). Prompts can name living artists or be untrue. Filters rely on the community's flags.
+licence (`license` in the catalogue). Prompts can name living artists or be untrue. Filters rely on the community's
+flags.
 """
     write_atomically(output / "README.md", text.encode())

@@ -24,9 +24,11 @@ from align.bench.funnel import Funnel
 from align.bench.infotext import Unusable, read_generation
 from align.bench.records import FileRecord, ModelRecord, VersionRecord
 from align.bench.sources import Item, Opener
-from rollouts.files import write_atomically
+from rewards.files import write_atomically
 
 MAX_DESCRIPTION_CHARS = 20_000  # of HTML; a card of 20 MB says no more than its beginning
+MAX_WORDS, MAX_WORD_CHARS = 32, 1000  # of tags and trigger words
+MAX_LABEL_CHARS = 60  # of a value counted in a distribution
 
 
 class Part:
@@ -41,7 +43,7 @@ class Part:
 
     def count(self, distribution: str, value: Any) -> None:
         """Count one value of a distribution of Fig. 2."""
-        self.distributions.setdefault(distribution, Counter())[str(value)] += 1
+        self.distributions.setdefault(distribution, Counter())[str(value)[:MAX_LABEL_CHARS]] += 1
 
     def to_json(self) -> bytes:
         """The part as it is stored."""
@@ -54,7 +56,7 @@ class Part:
                 "records": self.records,
             },
             ensure_ascii=False,
-        ).encode()
+        ).encode(errors="replace")  # JSON can hold half a surrogate pair, UTF-8 can't
 
 
 def extract(open_items: Opener, config: DABenchConfig, folder: Path) -> list[Path]:
@@ -170,16 +172,16 @@ def _draft(model: ModelRecord, version: VersionRecord, hashes: list[str]) -> dic
     return {
         "version_id": version.id,
         "model_id": model.id,
-        "model_name": model.name,
-        "version_name": version.name,
+        "model_name": model.title,
+        "version_name": version.title,
         "type": TYPES[model.type],
         "base_model": version.baseModel,
         "hashes": hashes,
         "sha256": sorted({sha for f in weights if (sha := f.hash_of("SHA256"))}),
         "stems": sorted({f.name.rsplit(".", 1)[0].lower() for f in weights if f.name}),
         "file": {"uri": file.downloadUrl, "format": file.format, "sha256": file.hash_of("SHA256")},
-        "trigger_words": version.trainedWords[:32],
-        "tags": list(model.tag_names)[:32],
+        "trigger_words": [word[:MAX_WORD_CHARS] for word in version.trainedWords[:MAX_WORDS]],
+        "tags": [tag[:MAX_WORD_CHARS] for tag in model.tag_names[:MAX_WORDS]],
         "description": (model.description or "")[:MAX_DESCRIPTION_CHARS],
         "version_description": (version.description or "")[:MAX_DESCRIPTION_CHARS],
         "stats": {
@@ -189,7 +191,7 @@ def _draft(model: ModelRecord, version: VersionRecord, hashes: list[str]) -> dic
             "likes": model.stats.likes,
         },
         "license": {
-            "allow_commercial_use": json.dumps(model.allowCommercialUse),
+            "allow_commercial_use": json.dumps(model.allowCommercialUse)[:MAX_WORD_CHARS],
             "allow_derivatives": json.dumps(model.allowDerivatives),
         },
     }
@@ -223,9 +225,9 @@ def _extract_image(part: Part, raw: Any, config: DABenchConfig, location: str) -
 
 def _image_id(raw: dict[str, Any]) -> str:
     """Civitai's id, else the file name in the URL (galleries lacked ids for some years), else a hash of the record."""
-    if isinstance(raw.get("id"), int):
-        return str(raw["id"])
-    stem = str(raw.get("url") or "").rsplit("/", 1)[-1].rsplit(".", 1)[0]
-    if re.fullmatch(r"[\w-]{1,40}", stem):
+    if re.fullmatch(r"[0-9]{1,20}", number := str(raw.get("id"))):
+        return number
+    stem = str(raw.get("url")).rsplit("/", 1)[-1].rsplit(".", 1)[0]
+    if re.fullmatch(r"[\w-]{1,40}", stem) and stem != "None":
         return stem
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()[:16]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from align.bench.config import DABenchConfig
 from align.bench.records import ModelRecord, VersionRecord, file_problems
-from rollouts.names import clean_name, name_problem
+from rollouts.names import name_problem
 
 # Civitai's word for a type -> ours.
 TYPES = {"Checkpoint": "Checkpoint", "LORA": "LoRA"}
@@ -37,7 +37,7 @@ def model_rules(config: DABenchConfig) -> list[Rule]:
         Rule(
             "name_unusable",
             "the name is empty or looks like a path",
-            lambda m: name_problem(clean_name(m.name)[:100]) is not None,
+            lambda m: name_problem(m.title) is not None,
         ),
     ]
 
@@ -61,7 +61,7 @@ def availability_rules(config: DABenchConfig) -> list[Rule]:
         Rule(
             "version_name_unusable",
             "the version's name looks like a path",
-            lambda m, v: bool(v.name) and name_problem(clean_name(v.name)[:50] or "-") is not None,
+            lambda m, v: bool(v.title) and name_problem(v.title) is not None,
         ),
         Rule("file_missing", "no weights to download", no_file_without("file_missing")),
         Rule(
@@ -108,9 +108,9 @@ def first_broken(rules: list[Rule], *things: Any) -> str | None:
 
 def image_is_nsfw(image: dict[str, Any]) -> bool:
     """Whether an image is flagged above "safe", by `nsfw` (text or bool, old API) or `nsfwLevel` (text or bit mask)."""
-    flag, level = image.get("nsfw", False), image.get("nsfwLevel")
-    if isinstance(level, bool) or (isinstance(level, int | float) and level > 1):
-        return True
-    if isinstance(level, str) and level not in ("None", "PG"):
-        return True
-    return flag not in (False, None, "None")
+    flag, level = image.get("nsfw"), image.get("nsfwLevel")
+    if isinstance(level, int | float) and not isinstance(level, bool):
+        safe = level <= 1  # 1 is PG, 0 not rated
+    else:
+        safe = level in (None, "None", "PG")
+    return not safe or flag not in (False, None, "None")

@@ -12,15 +12,24 @@ from typing import Any, NamedTuple
 from rollouts.api import MAX_CFG, MAX_STEPS, MIN_CFG, SIZE_MULTIPLE
 from rollouts.samplers import normalize_sampler
 
-_NETWORK_TAG = re.compile(r"<\s*([a-zA-Z]+)\s*:\s*([^:<>]+?)\s*(?::([^<>]*))?>")
-# What is left of a tag without its end; A1111 takes that for words, so no network was loaded.
-_BROKEN_TAG = re.compile(r"<\s*(?:lora|lyco|hypernet)\b[^<>,\n]*>?", re.IGNORECASE)
+# Possessive throughout: prompts are strangers' text, and no text may take more than linear time.
+_NETWORK_TAG = re.compile(r"<\s*+([a-zA-Z]++)\s*+:([^:<>]++)(?::([^<>]*+))?>")
+# A tag without its beginning or end; A1111 takes that for words, so no network was loaded.
+_BROKEN_TAG = re.compile(
+    r"<\s*+(?:lora|lyco|hypernet)\b[^<>,\n]*+>?|\b(?:lora|lyco|hypernet)\s*+:[^<>,\s]++>?", re.IGNORECASE
+)
 _LORA_KINDS = frozenset({"lora", "lyco", "locon", "loha", "lycoris"})
-_WEIGHT = re.compile(r":\s*-?\d*\.?\d+\s*\)")
+# `(word:1.2)`, and prompt editing: `[word:0.5]`, `[word::5]`, `[this:that:0.3]`.
+_WEIGHT = re.compile(r":(?:\s*+:)?+\s*+-?(?:\d++(?:\.\d*+)?|\.\d++)\s*+(?=\\*+[)\]])")
+# A weight whose brackets are not where they should be, as in `(word:1.2, other)`. Whole numbers may be meant: "16:9".
+_STRAY_WEIGHT = re.compile(r"(?<=[^\s:\d.])(?:\s*+:\s*+\d*+\.\d++(?![\w.]))++")
+_BRACKET = re.compile(r"\\++([()\[\]{}])|[()\[\]{}]")
 _SIZE = re.compile(r"\s*(\d{1,5})\s*[xX×]\s*(\d{1,5})\s*")
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
 _HEX = re.compile(r"[0-9A-Fa-f]{8,64}")
 # Keys of the last line of an infotext: `Steps: 20, Sampler: Euler a, "Lora hashes": "a: 1, b: 2", ...`
-_FIELD = re.compile(r'\s*([\w][\w \-/]*?):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_FIELD = re.compile(r'\s*+(\w[\w \-/]{0,60}?):\s*+("(?:\\.|[^\\"])*+"|[^,]*+)(?:,|$)')
+_MAX_RAW_PROMPT_CHARS = 20_000  # what is longer is not even looked at
 _INFOTEXT_KEYS = {"Steps": "steps", "Sampler": "sampler", "CFG scale": "cfgScale", "Seed": "seed"}
 
 
@@ -69,24 +78,36 @@ def parse_prompt(prompt: str) -> ParsedPrompt:
     """Take the extra-network tags out of a prompt; a tag with weight 0 was switched off and doesn't count."""
     loras: dict[str, Lora] = {}
     others: list[str] = []
-    for kind, name, weight in _NETWORK_TAG.findall(prompt):
-        if kind.lower() not in _LORA_KINDS:
-            others.append(f"{kind}:{name}")
-            continue
-        number = _number(weight.split(":")[0]) if weight else 1.0
-        if number != 0:
-            loras[name.lower()] = Lora(name, 1.0 if number is None else number)
-    text = _BROKEN_TAG.sub(" ", _NETWORK_TAG.sub(" ", prompt))
-    return ParsedPrompt(_tidy(text), tuple(loras.values()), tuple(others))
+    prompt = _CONTROL.sub(" ", prompt)
+    while True:
+        for kind, name, weights in _NETWORK_TAG.findall(prompt):
+            name = name.strip()
+            if kind.lower() not in _LORA_KINDS:
+                others.append(f"{kind}:{name}")
+            elif (weight := _tag_weight(weights)) != 0:
+                loras[name.lower()] = Lora(name, weight)
+        # Again and again, since a tag around a tag is one as soon as that is gone.
+        text = _NETWORK_TAG.sub(" ", prompt)
+        if text == prompt:
+            text = _BROKEN_TAG.sub(" ", prompt)
+        if text == prompt:
+            return ParsedPrompt(_tidy(text), tuple(loras.values()), tuple(others))
+        prompt = text
+
+
+def _tag_weight(weights: str) -> float:
+    """The weight of a tag: of `0.8`, `0.8:0.5` (text encoder, then UNet) or `te=0.8:unet=0.5`; 1 without a number."""
+    numbers = [_number(part.rpartition("=")[2]) for part in weights.split(":")[:2]]
+    known = [number for number in numbers if number is not None]
+    return next((number for number in known if number), 0.0) if known else 1.0
 
 
 def plain_prompt(prompt: str) -> str:
     r"""The prompt without attention syntax: `(a:1.2)`, `((a))`, `[a]` and `BREAK` vanish, `\(a\)` becomes `(a)`."""
-    text = re.sub(r"\bBREAK\b", ", ", prompt)
-    text = text.replace(r"\(", "\0").replace(r"\)", "\1")
-    text = _WEIGHT.sub(")", text)
-    text = re.sub(r"[()\[\]{}]", "", text)
-    return _tidy(text.replace("\0", "(").replace("\1", ")"))
+    text = _WEIGHT.sub("", _tidy(prompt))
+    # A bracket ends a word: A1111 encodes what it encloses on its own.
+    text = _STRAY_WEIGHT.sub("", _BRACKET.sub(lambda bracket: bracket[1] or " ", text))
+    return _tidy(re.sub(r"\bBREAK\b", ", ", text))
 
 
 def parse_size(value: Any) -> tuple[int, int] | None:
@@ -129,6 +150,11 @@ def read_generation(
     prompt = meta.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         return Unusable("prompt_missing", prompt)
+    negative = meta.get("negativePrompt")
+    if not isinstance(negative, str):
+        negative = ""
+    if max(len(prompt), len(negative)) > _MAX_RAW_PROMPT_CHARS:
+        return Unusable("prompt_too_long", f"{max(len(prompt), len(negative))} characters")
     parsed = parse_prompt(prompt)
     clean = plain_prompt if not keep_attention else _tidy
     text = clean(parsed.text)
@@ -140,11 +166,10 @@ def read_generation(
         return parameters
     if not allow_image_to_image and is_image_to_image(meta):
         return Unusable("image_to_image", meta.get("Denoising strength"))
-    negative = meta.get("negativePrompt")
     hashes, checkpoint_name, checkpoint_version_id = _checkpoint(meta)
     return Generation(
         prompt=text,
-        negative_prompt=clean(parse_prompt(negative).text) if isinstance(negative, str) else "",
+        negative_prompt=clean(parse_prompt(negative).text),
         checkpoint_hashes=hashes,
         checkpoint_name=checkpoint_name,
         checkpoint_version_id=checkpoint_version_id,
@@ -172,7 +197,7 @@ def _read_parameters(meta: dict[str, Any]) -> dict[str, Any] | Unusable:
     if name is None:
         return Unusable("sampler_unknown", sampler)
     steps = _number(meta.get("steps"))
-    if steps is None or not steps.is_integer() or not 1 <= steps <= MAX_STEPS:
+    if steps is None or steps % 1 or not 1 <= steps <= MAX_STEPS:
         return Unusable("steps_invalid", meta.get("steps"))
     cfg_scale = _number(meta.get("cfgScale"))
     if cfg_scale is None or not MIN_CFG <= cfg_scale <= MAX_CFG:
@@ -213,7 +238,7 @@ def _loras(meta: dict[str, Any], tagged: tuple[Lora, ...]) -> tuple[Lora, ...]:
     loras = {lora.name.lower(): lora for lora in tagged if lora.name}
     for resource in _dicts(meta.get("resources")):
         name, weight = resource.get("name"), _number(resource.get("weight"))
-        if resource.get("type") in _LORA_KINDS and isinstance(name, str) and weight != 0:
+        if str(resource.get("type")).lower() in _LORA_KINDS and isinstance(name, str) and weight != 0:
             loras.setdefault(name.lower(), Lora(name, 1.0 if weight is None else weight))
     for i in range(1, 6):  # AddNet has five slots; its model field reads "stem(hash)"
         name, weight = meta.get(f"AddNet Model {i}"), _number(meta.get(f"AddNet Weight A {i}"))

@@ -138,6 +138,11 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def short_line(source: str | None, max_chars: int = 200) -> str:
+    """Untrusted text, such as a name or a tag, as one short plain line without punctuation around it."""
+    return truncate(one_line(html_to_text(source, 20 * max_chars)), max_chars).strip(" ,;.:|/\\")
+
+
 def split_sentences(text: str) -> list[str]:
     """The sentences of each line, in Latin and in Chinese and Japanese punctuation."""
     sentences: list[str] = []
@@ -176,8 +181,9 @@ def count_words(text: str) -> float:
 
 
 def is_cjk(text: str) -> bool:
-    """Whether the text ends in Chinese, Japanese or Korean."""
-    return bool(_CJK_CHAR.match(text[-1:]))
+    """Whether at least half of the letters are Chinese, Japanese or Korean."""
+    letters = sum(map(str.isalpha, text))
+    return letters > 0 and 2 * len(_CJK_CHAR.findall(text)) >= letters
 
 
 def _strip_tags(source: str) -> str:

@@ -1,10 +1,21 @@
 """Civitai's REST v1 objects, as far as we use them. Fields we use are checked, all others are ignored."""
 
-from typing import Any
+import html
+import math
+import re
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from rollouts.names import clean_name
+
+# Together, with " - " between them, they fit into `rollouts.names.MAX_NAME_LENGTH`.
+MAX_MODEL_NAME_CHARS, MAX_VERSION_NAME_CHARS = 100, 50
 _GOOD_SCANS = (None, "Success")
+_SHA256 = re.compile(r"[0-9A-F]{64}")
+_ENTITY = re.compile(r"&#?\w{1,31};")
+# Arrow's and SQLite's integers have 64 bits.
+Identifier = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Lenient(BaseModel):
@@ -50,6 +61,11 @@ class Stats(_Lenient):
     favoriteCount: float | None = None
     thumbsUpCount: float | None = None
 
+    @field_validator("*")
+    @classmethod
+    def _no_number_is_unknown(cls, value: float | None) -> float | None:
+        return value if value is not None and math.isfinite(value) else None
+
     @property
     def likes(self) -> float | None:
         """Favourites (until 2024) or thumbs-up (since)."""
@@ -59,7 +75,7 @@ class Stats(_Lenient):
 class VersionRecord(_Lenient):
     """A model version. `images` stay raw: each is checked on its own, so that one bad image costs only itself."""
 
-    id: int
+    id: Identifier
     name: str = ""
     status: str | None = None
     baseModel: str | None = None
@@ -79,6 +95,11 @@ class VersionRecord(_Lenient):
     def _none_is_unknown(cls, value: Any) -> Any:
         return {} if value is None else value
 
+    @property
+    def title(self) -> str:
+        """The name as part of a catalogue name: clean and not too long, perhaps empty."""
+        return _cut_name(self.name, MAX_VERSION_NAME_CHARS)
+
     def best_file(self) -> FileRecord | None:
         """The weights to call: safetensors, hashed, downloadable, scans not failed; the primary one first."""
         usable = [f for f in self.files if not file_problems(f)]
@@ -88,7 +109,7 @@ class VersionRecord(_Lenient):
 class ModelRecord(_Lenient):
     """An object of Civitai's `/models`. `modelVersions` stay raw, as the images of a version do."""
 
-    id: int
+    id: Identifier
     name: str
     type: str
     nsfw: bool = False
@@ -113,20 +134,30 @@ class ModelRecord(_Lenient):
         return {} if value is None else value
 
     @property
+    def title(self) -> str:
+        """The name as part of a catalogue name: clean and not too long, perhaps empty."""
+        return _cut_name(self.name, MAX_MODEL_NAME_CHARS)
+
+    @property
     def tag_names(self) -> tuple[str, ...]:
         """Tags as text; some routes give objects with a `name`."""
         names = (tag.get("name") if isinstance(tag, dict) else tag for tag in self.tags)
         return tuple(name for name in names if isinstance(name, str))
 
 
+def _cut_name(name: str, max_chars: int) -> str:
+    unescaped = _ENTITY.sub(lambda entity: html.unescape(entity[0]), name)  # some titles are stored as HTML
+    return clean_name(unescaped)[:max_chars].strip()
+
+
 def file_problems(file: FileRecord) -> list[str]:
-    """Why these weights can't be fetched and loaded safely; the rules of `version_rules` in short."""
+    """Why these weights can't be fetched and loaded safely; the file rules of `filters.availability_rules`."""
     problems = []
     if not file.is_weights or not file.downloadUrl:
         problems.append("file_missing")
     if file.format != "SafeTensor":
         problems.append("file_not_safetensors")
-    if len(file.hash_of("SHA256") or "") != 64:
+    if not _SHA256.fullmatch(file.hash_of("SHA256") or ""):
         problems.append("file_without_hash")
     if file.pickleScanResult not in _GOOD_SCANS or file.virusScanResult not in _GOOD_SCANS:
         problems.append("file_scan_failed")

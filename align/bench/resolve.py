@@ -84,7 +84,8 @@ class VersionIndex:
                 continue
             if gallery in versions:
                 return gallery
-            same_file = len({frozenset(self._sha256[v]) for v in versions}) == 1
+            # Eight digits (AutoV1) may fit different files; ten (AutoV2) begin the SHA256.
+            same_file = len(value) >= 10 or len({self._sha256[v] for v in versions}) == 1
             if same_file or len(versions) == 1:
                 return min(versions)  # the same weights uploaded again: the oldest, as Civitai's own look-up does
             name = (image["checkpoint_name"] or "").lower()

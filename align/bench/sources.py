@@ -10,7 +10,12 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
+
+# Records nest about ten levels. What nests deeper than this can't be stored again: Python's JSON writer is recursive.
+MAX_DEPTH = 100
+# Packed bytes are unpacked in pieces of this size: even a file of zeros (packed 10,000 to 1) then needs little memory.
+_ZSTD_CHUNK_BYTES = 1 << 12
 
 Opener = Callable[[], Iterator["Item"]]
 
@@ -47,10 +52,10 @@ def open_source(source: str, api: Callable[[str], Iterator[dict[str, Any]]] | No
     if source.startswith(("http://", "https://")):
         if api is None:
             raise SourceError(f"`source` {source} is a URL, but no API client was given.")
-        return lambda: (Item(f"{source} model {i}", record) for i, record in enumerate(api(source), start=1))
+        return lambda: (_checked(f"{source} model {i}", record) for i, record in enumerate(api(source), start=1))
     path = Path(source)
     if path.is_dir():
-        if not any(path.glob("*.json")):
+        if not _json_files(path):
             raise SourceError(f"`source` {path} is a folder without a single .json file.")
         return lambda: _read_folder(path)
     if not path.is_file():
@@ -63,47 +68,90 @@ def open_source(source: str, api: Callable[[str], Iterator[dict[str, Any]]] | No
 def source_fingerprint(source: str) -> dict[str, Any]:
     """What tells this input from another one: names, sizes and times of files, the URL of an API."""
     path = Path(source)
-    files = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
+    files = _json_files(path) if path.is_dir() else [path] if path.is_file() else []
     return {
         "source": source,
         "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
     }
 
 
-def _open_text(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", errors="replace")
-    if path.suffix == ".zst":
+class _ZstdReader(io.RawIOBase):
+    """The content of a .zst file. zstandard's own reader takes a truncated frame for the end of the file."""
+
+    def __init__(self, path: Path) -> None:
         try:
             import zstandard
         except ImportError as error:
             raise SourceError(f'Reading {path} needs zstandard: pip install "t2i-align[bench]".') from error
-        return io.TextIOWrapper(
-            zstandard.open(path, "rb", dctx=zstandard.ZstdDecompressor()), encoding="utf-8", errors="replace"
-        )
-    return path.open(encoding="utf-8", errors="replace")
+        # Large dumps are packed with long windows (`zstd --long=31`).
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        self._error = zstandard.ZstdError
+        self._frame = self._decompressor.decompressobj()
+        self._in_frame = False
+        self._unpacked = memoryview(b"")
+        self._packed = b""
+        self._file = path.open("rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._unpacked:
+            data = self._packed or self._file.read(_ZSTD_CHUNK_BYTES)
+            if not data:
+                if self._in_frame:
+                    raise EOFError("Compressed file ended before the end of its last frame")
+                return 0
+            if not self._in_frame:
+                self._frame = self._decompressor.decompressobj()
+            try:
+                self._unpacked = memoryview(self._frame.decompress(data))
+            except self._error as error:
+                raise OSError(str(error)) from error
+            self._in_frame = not self._frame.eof
+            self._packed = self._frame.unused_data
+        size = min(len(buffer), len(self._unpacked))
+        buffer[:size] = self._unpacked[:size]
+        self._unpacked = self._unpacked[size:]
+        return size
+
+
+def _open_bytes(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    return io.BufferedReader(_ZstdReader(path)) if path.suffix == ".zst" else path.open("rb")
 
 
 def _read_lines(path: Path) -> Iterator[Item]:
     number = 0
-    with _open_text(path) as lines:
-        try:
+    try:
+        # utf-8-sig: some editors put a byte order mark in front.
+        with io.TextIOWrapper(_open_bytes(path), encoding="utf-8-sig", errors="replace") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield _parse(f"{path.name}:{number}", line)
-        # EOFError: a truncated gzip; the others: corrupt data (zstandard's error is no subclass of a built-in one).
-        except Exception as error:
-            if not isinstance(error, EOFError | OSError | zlib.error) and type(error).__name__ != "ZstdError":
-                raise
-            raise SourceError(
-                f"{path} breaks off after line {number} ({error}): the file is truncated or damaged. "
-                "Get it again, or unpack what is there to a .jsonl and use that."
-            ) from error
+    except (EOFError, OSError, zlib.error) as error:  # truncated, unreadable, damaged
+        raise SourceError(
+            f"{path} breaks off after line {number} ({error}): the file is truncated or damaged. "
+            "Get it again, or unpack what is there to a .jsonl and use that."
+        ) from error
+
+
+def _json_files(path: Path) -> list[Path]:
+    return sorted(file for file in path.glob("*.json") if file.is_file())
 
 
 def _read_folder(path: Path) -> Iterator[Item]:
-    for file in sorted(path.glob("*.json")):
-        item = _parse(file.name, file.read_text(encoding="utf-8", errors="replace"))
+    for file in _json_files(path):
+        try:
+            text = file.read_text(encoding="utf-8-sig", errors="replace")
+        except OSError as error:
+            raise SourceError(f"Can't read {file}: {error.strerror}.") from error
+        item = _parse(file.name, text)
         records = item.record
         if isinstance(records, dict) and isinstance(records.get("items"), list):
             records = records["items"]
@@ -116,6 +164,28 @@ def _read_folder(path: Path) -> Iterator[Item]:
 
 def _parse(location: str, text: str) -> Item:
     try:
-        return Item(location, json.loads(text))
+        record = json.loads(text)
     except (ValueError, RecursionError) as error:
         return Item(location, None, f"not JSON: {error}")
+    return _checked(location, record)
+
+
+def _checked(location: str, record: Any) -> Item:
+    if _is_deeper(record, MAX_DEPTH):
+        return Item(location, None, f"nested more than {MAX_DEPTH} levels deep")
+    return Item(location, record)
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether a JSON value nests lists and objects deeper than this. Not recursive."""
+    level = [value]
+    for _ in range(levels):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent if isinstance(parent, list) else ())
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return False
+    return True

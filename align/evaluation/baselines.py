@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rollouts.api import APICall
-from rollouts.catalog import Catalog
+from rollouts.catalog import Catalog, CatalogError
 
 
 class Baseline(Protocol):
@@ -23,13 +23,19 @@ class Baseline(Protocol):
 
 
 class MostPopular:
-    """Always the most downloaded version of the architecture, with its own default parameters."""
+    """Always the most downloaded version of the architecture, with its own default parameters.
+
+    Raises:
+        CatalogError: If the catalogue has no model of this architecture.
+    """
 
     name = "most popular model"
 
     def __init__(self, catalog: Catalog, base_model: str) -> None:
-        best = max(catalog.of_architecture(base_model), key=lambda entry: entry.stats.get("downloads", 0))
-        self.call = best.default_call()
+        entries = catalog.of_architecture(base_model)
+        if not entries:
+            raise CatalogError(f"The catalogue has no model for {base_model}.")
+        self.call = max(entries, key=lambda entry: entry.stats.get("downloads", 0)).default_call()
 
     def answer(self, prompts: Sequence[str]) -> list[APICall]:
         """The same call for every prompt."""
@@ -60,6 +66,8 @@ class TfidfNeighbour:
 
     def answer(self, prompts: Sequence[str]) -> list[APICall]:
         """Nearest neighbours; of equally near ones the first."""
+        if not len(prompts):  # scikit-learn refuses to transform nothing
+            return []
         queries = self.vectorizer.transform(prompts)
         answers = []
         for start in range(0, len(prompts), 256):

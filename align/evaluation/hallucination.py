@@ -14,15 +14,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from align.commandline import ConfigError, run_command, save_config
 from align.evaluation.baselines import Baseline, EmbeddingNeighbour, MostPopular, TfidfNeighbour
-from align.evaluation.metrics import argument_accuracy, bootstrap, hallucination, judge, selection_accuracy
+from align.evaluation.metrics import argument_accuracy, bootstrap, hallucination, selection_accuracy
 from align.evaluation.prompt_sets import PromptFileError, PromptSet, dabench_prompts, read_prompts
 from align.evaluation.tables import write_table
 from align.pairs import DataError, load_pairs
-from rollouts.api import APICall
+from rewards.commandline import ConfigError, run_command, save_config
+from rewards.files import write_atomically
+from rollouts.api import APICall, APICallError
 from rollouts.catalog import Catalog, CatalogError
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,11 @@ class HallucinationConfig:
     )
 
     def __post_init__(self) -> None:
+        for name in ("num_prompts", "num_dabench", "batch_size", "max_new_tokens", "max_prompt_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, but got {value}.")
+        if self.latency_prompts < 0:
+            raise ValueError(f"`latency_prompts` must be 0 or more, but got {self.latency_prompts}.")
         unknown = sorted(set(self.baselines) - {"popular", "tfidf", "embedding"})
         if unknown:
             raise ValueError(f"`baselines` may hold popular, tfidf and embedding, but got {unknown}.")
@@ -107,7 +113,7 @@ def score(
         catalog: What can be called.
         seconds: Mean wall time per answer, batched.
     """
-    judged = [judge(text, catalog) for text in texts]
+    judged = [catalog.judge(text) for text in texts]
     share, reasons = hallucination(judged)
     row: dict[str, Any] = {
         "method": name,
@@ -125,6 +131,8 @@ def score(
 
 
 def _prompt_sets(config: HallucinationConfig, data: Any) -> list[PromptSet]:
+    if not len(data["eval"]):
+        raise DataError(f"`dataset` {config.dataset}: the split eval has no rows.")
     sets = [dabench_prompts(data["eval"], config.num_dabench, config.seed)]
     for name, path in (("PartiPrompts", config.parti_prompts), ("COCO captions", config.coco_captions)):
         if path is not None:
@@ -134,7 +142,10 @@ def _prompt_sets(config: HallucinationConfig, data: Any) -> list[PromptSet]:
 
 def _baselines(config: HallucinationConfig, data: Any, catalog: Catalog) -> Iterator[Baseline]:
     prompts = [row["instruction"]["prompt"] for row in data["sft"]]
-    calls = [APICall.from_dict(row["api"]) for row in data["sft"]]
+    try:
+        calls = [APICall.from_dict(row["api"]) for row in data["sft"]]
+    except APICallError as error:
+        raise DataError(f"`dataset` {config.dataset}, split sft: {error}") from error
     for name in config.baselines:
         try:
             if name == "popular":
@@ -159,18 +170,19 @@ def _policy(config: HallucinationConfig, output: Path) -> tuple[Answerer, Callab
     from rollouts.responses import generate_responses
 
     name = str(config.model_name_or_path)
-    tokenizer = load_tokenizer(name)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    policy = load_policy(name, dtype=config.dtype).to(device).eval()
+    try:
+        tokenizer = load_tokenizer(name)
+        policy = cast(Any, load_policy(name, dtype=config.dtype))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"`model_name_or_path`: {error}") from error
+    policy = policy.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     dialogue = Dialogue(tokenizer, DialogueFormat.load(name))
-    options: dict[str, Any] = {
-        "max_new_tokens": config.max_new_tokens,
-        "max_prompt_tokens": config.max_prompt_tokens,
-    }
+    options: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "max_prompt_tokens": config.max_prompt_tokens}
+    origin = {"policy": _identity(name), **options}
 
     def answer(prompts: PromptSet) -> tuple[list[str], float]:
         path = output / f"answers-{prompts.name.lower().replace(' ', '-')}.jsonl"
-        done = _read_answers(path, prompts)
+        done = _read_answers(path, prompts, origin)
         with path.open("a", encoding="utf-8") as file:
             for response in generate_responses(
                 policy,
@@ -180,7 +192,8 @@ def _policy(config: HallucinationConfig, output: Path) -> tuple[Answerer, Callab
                 skip=frozenset(done),
                 **options,
             ):
-                done[response.index] = response._asdict() | {"prompt": _text(prompts.instructions[response.index])}
+                prompt = {"prompt": _text(prompts.instructions[response.index])}
+                done[response.index] = response._asdict() | prompt | origin
                 file.write(json.dumps(done[response.index], ensure_ascii=False) + "\n")
                 file.flush()
         answers = [done[i] for i in range(len(prompts.instructions))]
@@ -196,22 +209,44 @@ def _policy(config: HallucinationConfig, output: Path) -> tuple[Answerer, Callab
     return answer, latency
 
 
-def _read_answers(path: Path, prompts: PromptSet) -> dict[int, dict[str, Any]]:
-    """Answers of an earlier run to the same prompts; a line that a kill cut short is asked again."""
+def _read_answers(path: Path, prompts: PromptSet, origin: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Answers of an earlier run to the same prompts; a line that a kill cut short is asked again.
+
+    Args:
+        path: Of the answers.
+        prompts: What is asked now.
+        origin: What the answers depend on beside the prompt: policy and token limits.
+
+    Raises:
+        ConfigError: If they answer other prompts, or come from another policy or other options.
+    """
     done: dict[int, dict[str, Any]] = {}
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        # As bytes: a kill may have left half a character, and answers hold line separators other than \n.
+        for line in path.read_bytes().split(b"\n"):
             try:
                 row = json.loads(line)
-            except ValueError:
+                index, prompt = row["index"], row["prompt"]
+            except (ValueError, KeyError, TypeError):
                 continue
-            index = row["index"]
-            if index >= len(prompts.instructions) or row["prompt"] != _text(prompts.instructions[index]):
-                raise ConfigError(f"{path} holds answers to other prompts. Choose another `output_dir` or remove it.")
+            other = None
+            if index >= len(prompts.instructions) or prompt != _text(prompts.instructions[index]):
+                other = "to other prompts"
+            elif any(row.get(key) != value for key, value in origin.items()):
+                other = "of another policy or with other options"
+            if other is not None:
+                raise ConfigError(f"{path} holds answers {other}. Choose another `output_dir` or remove it.")
             done[index] = row
         # Rewritten without damaged lines, so that appending starts on a line of its own.
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done.values()), encoding="utf-8")
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done.values())
+        write_atomically(path, text.encode())
     return done
+
+
+def _identity(name_or_path: str) -> str:
+    """The policy's name and, of a folder, when its weights were written: training it further makes it another one."""
+    files = sorted([*Path(name_or_path).glob("*.safetensors"), *Path(name_or_path).glob("*.gguf")])
+    return " ".join([name_or_path, *(f"{file.name}@{file.stat().st_mtime_ns}" for file in files)])
 
 
 def _text(instruction: Any) -> str:

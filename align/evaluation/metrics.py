@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rollouts.api import PARAMETER_INFORMATION, APICall, APICallError
-from rollouts.catalog import Catalog
+from rollouts.api import PARAMETER_INFORMATION
+from rollouts.catalog import Catalog, Judged
 
 RESAMPLES = 2000
 
@@ -19,18 +19,6 @@ class Estimate(NamedTuple):
     low: float
     high: float
     n: int
-
-
-class Judged(NamedTuple):
-    """A response, judged.
-
-    Attributes:
-        call: The call it is, or `None`.
-        reason: Why it can't be called (one of `rollouts.api.REASONS`), or `None` if it can.
-    """
-
-    call: APICall | None
-    reason: str | None
 
 
 def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
@@ -48,16 +36,6 @@ def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMP
     return Estimate(float(data.mean()), float(low), float(high), int(data.size))
 
 
-def judge(text: str, catalog: Catalog) -> Judged:
-    """Whether a response is a call that can be made; of several reasons the first counts (DESIGN 9)."""
-    try:
-        call = APICall.from_json(text)
-    except APICallError as error:
-        return Judged(None, error.reason)
-    reasons = catalog.validate(call)
-    return Judged(call, reasons[0] if reasons else None)
-
-
 def hallucination(judged: Sequence[Judged]) -> tuple[Estimate, dict[str, int]]:
     """Share of responses that can't be called (DiffAgent Table 1, as a fraction), and how many for each reason."""
     counts = Counter(j.reason for j in judged if j.reason is not None)
@@ -67,7 +45,7 @@ def hallucination(judged: Sequence[Judged]) -> tuple[Estimate, dict[str, int]]:
 def selection_accuracy(
     judged: Sequence[Judged], references: Sequence[dict[str, Any]], catalog: Catalog
 ) -> dict[str, Estimate]:
-    """How often the right model was chosen: the very version, and any version of the same model. Hallucinations miss."""
+    """How often the right model was chosen: the very version, or any version of its model. Hallucinations miss."""
 
     def chosen(j: Judged) -> str | None:
         return j.call.model if j.call is not None and j.reason is None else None

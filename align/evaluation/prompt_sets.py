@@ -45,27 +45,32 @@ def read_prompts(name: str, path: str | Path, count: int | None, seed: int) -> P
         seed: Of the choice.
 
     Raises:
-        PromptFileError: If the file is missing, has no such column, or no prompt.
+        PromptFileError: If the file is missing or no text, has no such column, or no prompt.
     """
     path = Path(path)
     if not path.is_file():
         raise PromptFileError(f"There is no prompt file at {path}.")
-    with path.open(encoding="utf-8", newline="") as file:
-        if path.suffix in (".tsv", ".csv"):
-            # Quotes inside prompts are just characters in these files' TSV.
-            dialect: dict[str, Any] = (
-                {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"delimiter": ","}
-            )
-            reader = csv.DictReader(file, **dialect)
-            column = next((c for c in reader.fieldnames or [] if c.strip().lower() in _PROMPT_COLUMNS), None)
-            if column is None:
-                raise PromptFileError(f"{path} has no column Prompt, caption or text, but {reader.fieldnames}.")
-            prompts = [row[column] for row in reader]
-        else:
-            prompts = file.read().splitlines()
-    prompts = [prompt.strip() for prompt in prompts if prompt and prompt.strip()]
+    try:
+        prompts = [prompt.strip() for prompt in _read_column(path) if prompt and prompt.strip()]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise PromptFileError(f"{path} can't be read as UTF-8 text: {error}.") from error
     if not prompts:
         raise PromptFileError(f"{path} holds no prompt.")
     if count is not None and count < len(prompts):
         prompts = random.Random(seed).sample(prompts, count)
     return PromptSet(name, prompts, None)
+
+
+def _read_column(path: Path) -> list[str | None]:
+    ending = path.suffix.lower()
+    # "-sig": spreadsheets write a byte order mark, which would become part of the first column's name.
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        if ending not in (".tsv", ".csv"):
+            return list(file)
+        # Quotes inside prompts are just characters in these files' TSV.
+        tsv: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        reader = csv.DictReader(file, **(tsv if ending == ".tsv" else {}))
+        column = next((c for c in reader.fieldnames or [] if c.strip().lower() in _PROMPT_COLUMNS), None)
+        if column is None:
+            raise PromptFileError(f"{path} has no column Prompt, caption or text, but {reader.fieldnames}.")
+        return [row[column] for row in reader]

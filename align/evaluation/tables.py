@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rollouts.files import write_atomically
+from rewards.files import write_atomically
 
 # Field of a row -> heading; estimates are shown in per cent with their 95% interval.
 ESTIMATES = {
@@ -29,7 +29,8 @@ def to_markdown(report: dict[str, Any]) -> str:
     lines = [
         f"{report['architecture']}, {report['catalog']:,} callable versions. Per cent, [95% bootstrap interval].",
         "",
-        f"| method | prompts | n | {' | '.join(ESTIMATES.values())} | distinct models | s/answer (batched) | s (alone) |",
+        f"| method | prompts | n | {' | '.join(ESTIMATES.values())} "
+        "| distinct models | s/answer (batched) | s (alone) |",
         "|---|---|---:|" + "---:|" * (len(ESTIMATES) + 3),
     ]
     for row in report["rows"]:
@@ -74,7 +75,9 @@ def _percent(estimate: dict[str, float] | None) -> str:
 
 
 def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.2g}"
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _escape(text: str) -> str:

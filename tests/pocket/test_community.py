@@ -12,8 +12,8 @@ from collections import Counter
 
 import pytest
 
-from pocket.community import apportion, expected_noise, generate_models, main, write_dump
-from pocket.vocabulary import ROLES, file_stem, recolour
+from pocket.community import expected_noise, generate_models, main, write_dump
+from pocket.vocabulary import ROLES
 
 
 def keys(text):
@@ -429,26 +429,3 @@ def test_other_sizes_keep_their_promises(num_models, images_per_version, seed):
     unknown = [meta for _, _, meta in visible_images(models) if meta["Model hash"] not in owners]
     planned = ("lora_images/unknown_base", "checkpoint_images/unknown_checkpoint")
     assert len(unknown) == sum(noise.get(name, 0) for name in planned)
-
-
-@pytest.mark.parametrize(
-    ("total", "shares", "counts"),
-    [(10, [1, 1, 1], [4, 3, 3]), (7, [0.5, 0.3, 0.2], [4, 2, 1]), (0, [1, 2], [0, 0]), (3, [0, 1], [0, 3])],
-)
-def test_apportion_by_largest_remainder(total, shares, counts):
-    # 7 * (.5, .3, .2) = 3.5, 2.1, 1.4: floors 3 + 2 + 1, the seventh goes to .5.
-    assert apportion(total, shares) == counts
-
-
-def test_file_stem_drops_markup_and_paths():
-    assert file_stem("Inkwell Drift", "v1.1") == "inkwellDrift_v11"
-    assert file_stem("<b>Bold</b> Bloom &amp; Co", "v2") == "boldBloomCo_v2"
-    assert file_stem("../../etc/passwd", "1.0") == "etcPasswd_10"
-
-
-def test_recolour_changes_one_colour_only():
-    class First:
-        def choice(self, options):
-            return options[0]
-
-    assert recolour(First(), "a (green cat:1.2), red roofs") == "a (orange cat:1.2), red roofs"

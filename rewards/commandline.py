@@ -10,21 +10,19 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from rollouts.files import write_atomically
-
-T = TypeVar("T")
+from rewards.files import write_atomically
 
 
 class ConfigError(ValueError):
     """A configuration that can't be used; the message names the file, the key and the value."""
 
 
-def parse_config(*dataclass_types: type, args: Sequence[str] | None = None, description: str | None = None) -> Any:
+def parse_config(*dataclass_types: type[Any], args: Sequence[str] | None = None, description: str | None = None) -> Any:
     """Read `--config file.yaml` and flags into dataclasses.
 
     Args:
@@ -43,26 +41,32 @@ def parse_config(*dataclass_types: type, args: Sequence[str] | None = None, desc
 
     args = list(sys.argv[1:] if args is None else args)
     path = _config_path(args)
+    where = path or "command line"
     if path is not None:
-        check_config_file(path, *dataclass_types)
-    parser = TrlParser(list(dataclass_types), description=description)
+        mapping = check_config_file(path, *dataclass_types)
+        # argparse converts text as if it were typed, but passes other values on as they are. They are checked before
+        # the dataclasses' own checks compare them with numbers.
+        given = {key: value for key, value in mapping.items() if not isinstance(value, str)}
+        for cls in dataclass_types:
+            _check_types(cls, given, path)
+    parser = TrlParser(cast(Any, list(dataclass_types)), description=description)
     try:
         values = parser.parse_args_and_config(args)
     except ValueError as error:
-        raise ConfigError(f"{path or 'command line'}: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
     for value in values:
-        _check_types(value, path)
+        _check_types(type(value), vars(value), where)
     return values[0] if len(values) == 1 else values
 
 
-def check_config_file(path: Path, *dataclass_types: type) -> dict[str, Any]:
+def check_config_file(path: Path, *dataclass_types: type[Any]) -> dict[str, Any]:
     """The mapping in a YAML file, every key of which is a field of one of the dataclasses (or `env`).
 
     Raises:
         ConfigError: Naming the file, the key and the nearest known key.
     """
     try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+        mapping = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except OSError as error:
         raise ConfigError(f"Can't read the config file {path}: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -78,6 +82,16 @@ def check_config_file(path: Path, *dataclass_types: type) -> dict[str, Any]:
     return mapping
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML forbids a key that stands twice in a mapping; PyYAML takes the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.YAMLError(f"the key `{twice}` stands more than once")
+        return super().construct_mapping(node, deep)
+
+
 def save_config(path: Path, *configs: Any) -> None:
     """Write resolved configurations as one YAML mapping (atomically); keys that hold a secret are left out."""
     merged: dict[str, Any] = {}
@@ -87,7 +101,7 @@ def save_config(path: Path, *configs: Any) -> None:
     write_atomically(path, yaml.safe_dump(merged, sort_keys=False, allow_unicode=True).encode())
 
 
-def run_command(main: Any, *dataclass_types: type, errors: tuple[type[Exception], ...] = ()) -> None:
+def run_command(main: Any, *dataclass_types: type[Any], errors: tuple[type[Exception], ...] = ()) -> None:
     """Entry point of a command: parse, call `main`, turn expected errors into one line and exit code 2.
 
     Args:
@@ -102,7 +116,7 @@ def run_command(main: Any, *dataclass_types: type, errors: tuple[type[Exception]
     except (ConfigError, *errors) as error:
         if os.environ.get("T2I_ALIGN_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -118,21 +132,22 @@ def _config_path(args: list[str]) -> Path | None:
     return Path(args[index + 1])
 
 
-def _check_types(config: Any, path: Path | None) -> None:
-    """Check our own dataclasses' values: argparse converts flags, but lets YAML values of any type through."""
-    if config.__class__.__module__.split(".")[0] in ("trl", "transformers"):
+def _check_types(cls: type[Any], values: dict[str, Any], where: Path | str) -> None:
+    """Check options of one of our own dataclasses; those of TRL and transformers check themselves."""
+    if cls.__module__.split(".")[0] in ("trl", "transformers"):
         return
-    hints = get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        hint = hints[field.name]
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name not in values:
+            continue
+        value, hint = values[field.name], hints[field.name]
         if field.default is None:
             hint = hint | None
         try:
-            TypeAdapter(hint).validate_python(value)
+            TypeAdapter(hint).validate_python(value, strict=True)  # not strict, `true` and 2.0 would pass for int
         except ValidationError as error:
             message = error.errors(include_url=False)[0]["msg"]
-            raise ConfigError(f"{path or 'command line'}: `{field.name}` is {value!r}: {message}.") from error
+            raise ConfigError(f"{where}: `{field.name}` is {value!r}: {message}.") from error
 
 
 def _is_plain(value: Any) -> bool:
