@@ -22,8 +22,8 @@ $(VENV)/.installed: pyproject.toml
 
 # SFT of a small model from nothing on an invented community, then DiffAgent's Table 1 for it.
 demo: $(VENV)/.installed
-	$(BIN)/python -m pocket.community --output $(RUN)/models.jsonl.gz
-	$(BIN)/python -m align.bench.dabench --source $(RUN)/models.jsonl.gz --output $(RUN)/dabench
+	$(BIN)/python -m pocket.community --output $(RUN)/models.jsonl.gz --images_per_version 80
+	$(BIN)/python -m align.bench.dabench --source $(RUN)/models.jsonl.gz --output $(RUN)/dabench --min_rating 0
 	$(BIN)/accelerate launch --cpu --num_processes 1 align/sft.py --config configs/demo/sft.yaml \
 		--dataset $(RUN)/dabench --output_dir $(RUN)/sft
 	$(BIN)/python -m align.evaluation.hallucination --config configs/demo/evaluate.yaml \

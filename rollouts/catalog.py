@@ -79,6 +79,7 @@ class CatalogEntry(BaseModel):
     trigger_words: list[str] = []
     lora_weight: FiniteFloat | None = None  # LoRA only
     description: str = ""
+    description_source: str = ""  # who wrote it: "extractive", "llm:<model>", or unknown
     default_parameters: Parameters
     stats: dict[str, FiniteFloat] = {}
     license: dict[str, str] = {}

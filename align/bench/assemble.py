@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from align.bench.config import DABenchConfig
-from align.bench.descriptions import ModelCard
+from align.bench.descriptions import Description, ModelCard
 from align.bench.filters import first_broken, quality_rules
 from align.bench.funnel import Funnel
 from align.bench.near_duplicates import assign_splits, near_duplicate_clusters
@@ -71,7 +71,8 @@ def index_versions(
                 stats=Stats(downloadCount=stats["downloads"], ratingCount=stats["ratings"], rating=stats["rating"]),
             )
             rule = first_broken(rules, model, version)
-            if rule is not None:
+            # Looked-up base checkpoints were not part of the source and are counted elsewhere.
+            if rule is not None and not draft.get("looked_up"):
                 funnel.remove("versions", rule, f"{draft['model_name']!r}, version {draft['version_id']}")
             index.add(draft, good=rule is None)
         for version in part["unavailable"]:
@@ -170,7 +171,7 @@ def model_card(draft: dict[str, Any], name: str, usage: Usage | None) -> ModelCa
 
 
 def catalogue_entry(
-    draft: dict[str, Any], names: dict[int, str], usage: Usage | None, description: str
+    draft: dict[str, Any], names: dict[int, str], usage: Usage | None, description: Description
 ) -> CatalogEntry:
     """The catalogue entry of a version."""
     is_lora = draft["type"] == "LoRA"
@@ -185,7 +186,8 @@ def catalogue_entry(
         files=[draft["file"]],
         trigger_words=[clean_name(word) for word in draft["trigger_words"]],
         lora_weight=(round(median(usage.weights), 2) if usage and usage.weights else 1.0) if is_lora else None,
-        description=description,
+        description=description.text,
+        description_source=description.source,
         default_parameters=default_parameters(draft["base_model"], usage),
         stats=stats,
         license=draft["license"],
@@ -234,6 +236,7 @@ def dabench_row(row: dict[str, Any], entry: CatalogEntry, split: str) -> dict[st
             "gallery_version_id": row["gallery_version_id"],
             "base_version_id": row["base_version_id"],
             "lora_weight": row["lora_weight"],
+            "description": entry.description_source,
         },
     }
 

@@ -86,6 +86,12 @@ class DABenchConfig:
     seed: int = field(default=0, metadata={"help": "Salt of the split's hash; another seed is another split."})
 
     # Live API
+    lookup_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "API base URL where base checkpoints that the source lacks are looked up by hash; none: not."
+        },
+    )
     api_token_env: str = field(
         default="CIVITAI_API_TOKEN", metadata={"help": "Environment variable that holds a Civitai API token, if any."}
     )

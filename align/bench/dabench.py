@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from align.bench import assemble
+from align.bench.base_lookup import look_up_bases
 from align.bench.cached_http import RequestError
 from align.bench.civitai_api import CivitaiClient
 from align.bench.config import DABenchConfig
@@ -65,6 +66,9 @@ def build(config: DABenchConfig) -> dict[str, Any]:
     work = output / ".work"
     parts_folder = _parts_folder(work, config)
     paths = extract(_opener(config, work), config, parts_folder)
+    if config.lookup_url is not None:
+        with _client(config.lookup_url, config, work) as client:
+            paths.append(look_up_bases(paths, client, config, parts_folder / "bases.json"))
 
     funnel, distributions = _merge_counts(paths)
     floor = assemble.download_floor(read_parts(paths), config.min_downloads_quantile)
@@ -103,14 +107,18 @@ def _parts_folder(work: Path, config: DABenchConfig) -> Path:
     return folder
 
 
+def _client(base_url: str, config: DABenchConfig, work: Path) -> CivitaiClient:
+    try:
+        return CivitaiClient(base_url, cache_dir=work / "api-pages", token=os.environ.get(config.api_token_env))
+    except ValueError as error:
+        raise ConfigError(
+            f"`source` or `lookup_url` {base_url} with the token in {config.api_token_env}: {error}"
+        ) from error
+
+
 def _opener(config: DABenchConfig, work: Path) -> Opener:
     def api(base_url: str) -> Iterator[dict[str, Any]]:
-        token = os.environ.get(config.api_token_env)
-        try:
-            client = CivitaiClient(base_url, cache_dir=work / "api-pages", token=token)
-        except ValueError as error:
-            raise ConfigError(f"`source` {base_url} with the token in {config.api_token_env}: {error}") from error
-        with client:
+        with _client(base_url, config, work) as client:
             yield from client.iter_models(
                 base_models=config.base_models,
                 types=["LORA" if name == "LoRA" else name for name in config.types],
@@ -158,7 +166,7 @@ def _build_catalog(
     cards = (assemble.model_card(d, names[d["version_id"]], usage.get(d["version_id"])) for d in drafts)
     entries, sources = [], Counter[str]()
     for draft, description in zip(drafts, _describe(cards, config, work), strict=True):
-        entries.append(assemble.catalogue_entry(draft, names, usage.get(draft["version_id"]), description.text))
+        entries.append(assemble.catalogue_entry(draft, names, usage.get(draft["version_id"]), description))
         sources[description.source] += 1
     return Catalog(sorted(entries, key=lambda entry: entry.version_id)), sources
 
@@ -267,6 +275,7 @@ def row_features() -> Any:
                 "gallery_version_id": integer,
                 "base_version_id": integer,
                 "lora_weight": number,
+                "description": text,
             },
         }
     )

@@ -10,7 +10,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -220,7 +219,7 @@ def _extract_image(part: Part, raw: Any, config: DABenchConfig, location: str) -
     if len(generation.prompt) > config.max_prompt_chars:
         part.funnel.remove("images", "prompt_too_long", f"image {raw.get('id')}: {len(generation.prompt)} characters")
         return None
-    return {"image_id": _image_id(raw), **asdict(generation)}
+    return {"image_id": _image_id(raw), **vars(generation)}
 
 
 def _image_id(raw: dict[str, Any]) -> str:

@@ -26,6 +26,8 @@ _STRAY_WEIGHT = re.compile(r"(?<=[^\s:\d.])(?:\s*+:\s*+\d*+\.\d++(?![\w.]))++")
 _BRACKET = re.compile(r"\\++([()\[\]{}])|[()\[\]{}]")
 _SIZE = re.compile(r"\s*(\d{1,5})\s*[xX×]\s*(\d{1,5})\s*")
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
+_BLANKS = re.compile(r"[\s\x00-\x1f\x7f]+")
+_COMMAS = re.compile(r" ,(?: ?,)*|,(?: ?,)+")
 _HEX = re.compile(r"[0-9A-Fa-f]{8,64}")
 # Keys of the last line of an infotext: `Steps: 20, Sampler: Euler a, "Lora hashes": "a: 1, b: 2", ...`
 _FIELD = re.compile(r'\s*+(\w[\w \-/]{0,60}?):\s*+("(?:\\.|[^\\"])*+"|[^,]*+)(?:,|$)')
@@ -271,6 +273,4 @@ def _number(value: Any) -> float | None:
 
 def _tidy(text: str) -> str:
     """Single spaces, single commas, none at the ends; control characters are white space."""
-    text = re.sub(r"[\s\x00-\x1f\x7f]+", " ", text)
-    text = re.sub(r"(?:\s*,){2,}", ",", text)
-    return re.sub(r"\s+,", ",", text).strip(" ,")
+    return _COMMAS.sub(",", _BLANKS.sub(" ", text)).strip(" ,")

@@ -119,7 +119,7 @@ class ModelRecord(_Lenient):
     tags: list[Any] = []
     description: str | None = None
     stats: Stats = Stats()
-    modelVersions: list[Any] = Field(default_factory=list)
+    modelVersions: list[Any] = []
     allowCommercialUse: Any = None
     allowDerivatives: bool | None = None
 

@@ -7,10 +7,13 @@ import pytest
 
 from align.bench import assemble
 from align.bench.config import DABenchConfig
+from align.bench.descriptions import Description
 from align.bench.funnel import Funnel
 from rollouts.api import APICall
 from rollouts.catalog import Catalog
 from rollouts.names import MAX_NAME_LENGTH, name_problem
+
+FOXES = Description("", "Foxes.", "extractive")
 
 
 def config(**options):
@@ -191,7 +194,7 @@ def test_a_lora_gets_its_most_used_base_and_its_median_weight():
     assert assemble.base_of(usage) == 11  # as often as 12, and older
     assert assemble.catalogue_versions({21: usage, 11: usage_of({})}) == {11, 21}
     names = {21: "Fox - v1", 11: "Dream - v1"}
-    entry = assemble.catalogue_entry(draft(21, type="LoRA"), names, usage, "Foxes.")
+    entry = assemble.catalogue_entry(draft(21, type="LoRA"), names, usage, FOXES)
     assert entry.base_checkpoint == "Dream - v1"
     assert entry.lora_weight == 0.65  # of 0.4, 0.6, 0.7, 0.9
     assert entry.trigger_words == ["foxy red"]
@@ -200,7 +203,7 @@ def test_a_lora_gets_its_most_used_base_and_its_median_weight():
 
 def test_a_lora_whose_images_name_no_weight_has_one():
     usage = usage_of({"base_version_id": 11})
-    entry = assemble.catalogue_entry(draft(21, type="LoRA"), {21: "Fox", 11: "Dream"}, usage, "")
+    entry = assemble.catalogue_entry(draft(21, type="LoRA"), {21: "Fox", 11: "Dream"}, usage, FOXES)
     assert entry.lora_weight == 1.0
 
 
@@ -212,7 +215,7 @@ def test_drafts_of_the_catalogue_come_once_and_without_images():
 
 
 def test_a_row_is_a_valid_call_with_its_provenance():
-    [entry] = [assemble.catalogue_entry(draft(11), {11: "Fox - v1"}, None, "Foxes.")]
+    [entry] = [assemble.catalogue_entry(draft(11), {11: "Fox - v1"}, None, FOXES)]
     made = image(5, "a fox", negative_prompt="text", width=640, cfg_scale=7.5)
     made |= {"version_id": 11, "base_version_id": None, "lora_weight": None, "gallery_version_id": 12}
     row = assemble.dabench_row(made, entry, "eval")
@@ -222,13 +225,13 @@ def test_a_row_is_a_valid_call_with_its_provenance():
                                 "cfg scale", "model description"]  # fmt: skip
     assert Catalog([entry]).validate(APICall.from_dict(row["api"])) == []
     assert row["source"] == {"model_id": 1, "version_id": 11, "image_id": "5", "gallery_version_id": 12,
-                             "base_version_id": None, "lora_weight": None}  # fmt: skip
+                             "base_version_id": None, "lora_weight": None, "description": "extractive"}  # fmt: skip
 
 
 def test_each_architecture_is_split_on_its_own(tmp_path):
     drafts = [draft(11), draft(12, base_model="SDXL 1.0")]
     names = assemble.unique_names(drafts)
-    catalog = Catalog([assemble.catalogue_entry(d, names, None, "") for d in drafts])
+    catalog = Catalog([assemble.catalogue_entry(d, names, None, FOXES) for d in drafts])
     rows = [image(n, f"fox number {n}") | {"version_id": 11 + n % 2, "base_version_id": None, "lora_weight": None}
             for n in range(400)]  # fmt: skip
     assemble.write_rows(rows, tmp_path / "rows.jsonl", config())

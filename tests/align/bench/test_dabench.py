@@ -585,7 +585,7 @@ def test_an_api_that_fails_for_good_is_one_line_and_goes_on_later(built, tmp_pat
         (
             "http://127.0.0.1:9/api/v1?x=1",
             "",
-            r"`source` http://127\.0\.0\.1:9/api/v1\?x=1 .*without user, password or",
+            r"`source` or `lookup_url` http://127\.0\.0\.1:9/api/v1\?x=1 .*without user, password or",
         ),
         ("http://127.0.0.1:9/api/v1", "secret word", r"the token in CIVITAI_API_TOKEN: .*not a bearer token"),
     ],
@@ -659,6 +659,8 @@ def test_an_llm_describes_every_model_once(dump, built, tmp_path, no_proxy):
     assert all(entry.description == f"Pictures in the style of {entry.name}." for entry in catalog.values())
     rows, extractive = rows_of(tmp_path / "dabench"), rows_of(built)
     for key, row in rows.items():
+        assert row["source"].pop("description") == "llm:tiny"
+        assert extractive[key]["source"].pop("description") == "extractive"
         api = row["api"] | {"model description": extractive[key]["api"]["model description"]}
         assert row | {"api": api} == extractive[key]
 
