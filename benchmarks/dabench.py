@@ -2,8 +2,8 @@
 
     python benchmarks/dabench.py [--dump models.jsonl.gz] --json
 
-Both cluster the same prompts at the same Jaccard threshold in one run. The ratio is datasketch's time over ours (> 1:
-we are faster); `missed` is the share of true near-duplicate links that datasketch's signatures did not find.
+Both cluster the same prompts at the same Jaccard threshold in one run. The ratio is datasketch's time over ours (more
+than 1: we are faster); `missed` is the share of true near-duplicate links that datasketch's signatures did not find.
 """
 
 import argparse

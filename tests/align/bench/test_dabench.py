@@ -719,8 +719,8 @@ def wait_for(process, condition, seconds=60):
 def stamps(output):
     """Inode and time of every finished part."""
     found = {}
-    for path in output.glob(".work/parts-*/part-*.json"):
-        with contextlib.suppress(FileNotFoundError):  # the builder removes them when it is done
+    with contextlib.suppress(FileNotFoundError):  # the builder removes them when it is done
+        for path in output.glob(".work/parts-*/part-*.json"):
             status = path.stat()
             found[path.name] = (status.st_ino, status.st_mtime_ns)
     return found
