@@ -26,6 +26,7 @@ class SampleAnswers(TrainerCallback):
         self.catalog = catalog
         self.max_new_tokens = max_new_tokens
         self.path = folder / "sample_answers.jsonl"
+        self.last_step: int | None = None
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -37,6 +38,10 @@ class SampleAnswers(TrainerCallback):
             return
         if not state.is_world_process_zero:
             return
+        # The evaluation after training repeats the last one, unless another checkpoint was loaded as the best.
+        if state.global_step == self.last_step and not args.load_best_model_at_end:
+            return
+        self.last_step = state.global_step
         table = self._answer(getattr(model, "module", model), state.global_step)
         share = sum(row["verdict"] != "ok" for row in table) / len(table)
         logger.info("step %d: %.0f%% of %d sample answers can't be called", state.global_step, 100 * share, len(table))

@@ -17,9 +17,9 @@ def test_answers_are_judged_and_training_is_left_as_it_was(bench, tokenizer, tin
     tiny.max_position_embeddings = 2048
     model = build_from_scratch(tiny, tokenizer).train()
     callback = SampleAnswers(Dialogue(tokenizer), rows, Catalog.load(bench / "catalog.jsonl"), 5, tmp_path)
-    args = SimpleNamespace(report_to=[])
+    args = SimpleNamespace(report_to=[], load_best_model_at_end=False)
     before = torch.random.get_rng_state()
-    for step in (10, 20):
+    for step in (10, 20, 20):  # the last one again, as after training
         callback.on_evaluate(args, SimpleNamespace(is_world_process_zero=True, global_step=step), None, model=model)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert model.training
