@@ -66,7 +66,7 @@ def check_config_file(path: Path, *dataclass_types: type[Any]) -> dict[str, Any]
         ConfigError: Naming the file, the key and the nearest known key.
     """
     try:
-        mapping = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+        mapping = _UniqueKeyLoader(path.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise ConfigError(f"Can't read the config file {path}: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -5,7 +5,7 @@
 
 Answers DABench's evaluation split and any prompt files greedily, judges every answer against the catalogue, and puts
 baselines that need no language model beside it. Answers are kept in `answers-*.jsonl`; a run that was killed goes on
-where it was. Writes `table.json`, `table.md` and `table.csv`.
+where it was. Writes `table.json`, `table.md`, `table.csv` and `table.png`.
 """
 
 import json
@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from align.evaluation.baselines import Baseline, EmbeddingNeighbour, MostPopular, TfidfNeighbour
 from align.evaluation.metrics import argument_accuracy, bootstrap, hallucination, selection_accuracy
+from align.evaluation.plots import draw_table
 from align.evaluation.prompt_sets import PromptFileError, PromptSet, dabench_prompts, read_prompts
 from align.evaluation.tables import write_table
 from align.pairs import DataError, load_pairs
@@ -97,6 +98,10 @@ def main(config: HallucinationConfig) -> dict[str, Any]:
             rows.append(score(baseline.name, prompts, [call.to_json() for call in calls], catalog, seconds))
     report = {"architecture": config.architecture, "catalog": len(catalog), "rows": rows}
     write_table(output, report)
+    try:
+        draw_table(report, output / "table.png")
+    except ImportError as error:
+        logger.warning("no table.png: %s", error)
     logger.info((output / "table.md").read_text())
     return report
 

@@ -1,6 +1,7 @@
 """A picture of an evaluation table: each method's shares with their intervals."""
 
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ def draw_table(report: dict[str, Any], path: Path) -> None:
         if position == 1:
             axes.legend(frameon=False, fontsize=8)
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names in any script; a box will do
+        figure.savefig(buffer, dpi=110, format="png")
     write_atomically(path, buffer.getvalue())
 
 
