@@ -3,19 +3,20 @@
 Nothing of `align.bench` is imported here: the builder runs as its users run it, and this file reads the dump itself.
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
 import os
 import random
 import re
-import resource
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 from datasets import load_from_disk
 
@@ -31,14 +32,22 @@ HASH_KINDS = ("AutoV1", "AutoV2", "SHA256")
 
 
 def run_builder(output, *flags):
-    """Run the builder; returns seconds and the peak memory of this process's largest child so far, in bytes."""
+    """Run the builder; returns seconds and the peak of its resident memory in bytes, looked at every 50 ms.
+
+    Not `RUSAGE_CHILDREN`: that counts the moment after the fork, when the child still has this process's memory.
+    """
+    command = [sys.executable, "-m", "align.bench.dabench", "--source", str(DUMP), "--output", str(output), *flags]
     start = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-m", "align.bench.dabench", "--source", str(DUMP), "--output", str(output), *flags],
-        check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return time.perf_counter() - start, peak * (1 if sys.platform == "darwin" else 1024)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = psutil.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **quiet)
+    time.sleep(0.2)
+    peak = 0
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            peak = max(peak, process.memory_info().rss)
+        time.sleep(0.05)
+    assert process.returncode == 0
+    return time.perf_counter() - start, peak
 
 
 def rows_by_split(output):
@@ -125,7 +134,7 @@ def words(text):
 def test_under_a_minute_and_a_gigabyte(run):
     _, seconds, peak = run
     assert seconds < 60
-    assert peak < 1e9
+    assert 5e7 < peak < 1e9
 
 
 def test_the_funnel_adds_up(run, rows):
