@@ -27,7 +27,8 @@ def draw_table(report: dict[str, Any], path: Path) -> None:
     except ImportError as error:
         raise ImportError('Plots need matplotlib: pip install "t2i-align[bench]".') from error
     sets = list(dict.fromkeys(row["prompts"] for row in report["rows"]))
-    figure = Figure(figsize=(4.6 * len(sets), 0.5 + 0.75 * len(report["rows"])), layout="constrained")
+    methods = {row["method"] for row in report["rows"]}
+    figure = Figure(figsize=(4.6 * len(sets), 1 + 0.9 * len(methods)), layout="constrained")
     FigureCanvasAgg(figure)
     for position, prompts in enumerate(sets, start=1):
         axes = figure.add_subplot(1, len(sets), position)
