@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export WANDB_MODE ?= offline
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench parity clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("t2i-align needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
@@ -47,5 +47,17 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/dabench.py --json
 	$(BIN)/python benchmarks/sft.py --json
 
+# The official reward packages need an older stack than ours: an environment of their own, and pip with dependency groups.
+.venv-official/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-official
+	.venv-official/bin/pip install --quiet --upgrade "pip>=25.1"
+	.venv-official/bin/pip install --quiet --group pyproject.toml:official
+	touch $@
+
+# Scores and times of our rewards beside the official packages; with your own checkpoints:
+#   make parity ARGS="--hps_v2 HPS_v2.1_compressed.pt --image_reward ImageReward.pt"
+parity: $(VENV)/.test-models .venv-official/.installed
+	$(BIN)/python benchmarks/rewards.py --json $(ARGS)
+
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-official runs build dist *.egg-info .pytest_cache .ruff_cache

@@ -110,6 +110,7 @@ def run_command(main: Any, *dataclass_types: type[Any], errors: tuple[type[Excep
         errors: Exceptions of `main` that are the user's to mend; others keep their traceback.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it reports every request
     try:
         configs = parse_config(*dataclass_types, description=sys.modules[main.__module__].__doc__)
         main(*configs) if isinstance(configs, tuple) else main(configs)

@@ -103,8 +103,12 @@ def config_classes(path):
     from align.evaluation.hallucination import HallucinationConfig
     from align.scratch import ScratchConfig
     from align.sft import SFTArguments
+    from rewards.score import ScoreConfig
+    from rewards.serve import RewardServiceConfig
 
     commands = {
+        "rewards.score": (ScoreConfig,),
+        "rewards.serve": (RewardServiceConfig,),
         "align/sft.py": (SFTArguments, SFTConfig, ModelConfig, ScratchConfig),
         "align.bench.dabench": (DABenchConfig,),
         "align.evaluation.hallucination": (HallucinationConfig,),
@@ -118,25 +122,24 @@ def config_classes(path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(REPOSITORY.glob("configs/d*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}"
+    "path", sorted(REPOSITORY.glob("configs/[dr]*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}"
 )
 def test_config_file_is_read_by_its_command(path, tmp_path, monkeypatch):
     from rewards.commandline import parse_config
 
     monkeypatch.chdir(tmp_path)
     # bf16 is refused where there is neither a GPU nor `use_cpu`; the key itself is what is tested here.
-    required = (
-        ["--dataset", "d", "--output_dir", "o"] if "dabench" not in path.name else ["--source", "s", "--output", "o"]
-    )
+    required = {"dabench.yaml": ["--source", "s", "--output", "o"], "score.yaml": ["--source", "s", "--output", "o"]}
+    flags = required.get(path.name, [] if path.name == "serve.yaml" else ["--dataset", "d", "--output_dir", "o"])
     mapping = yaml.safe_load(path.read_text())
-    flags = ["--bf16", "false"] if mapping.get("bf16") and not mapping.get("use_cpu") else []
+    flags += ["--bf16", "false"] if mapping.get("bf16") and not mapping.get("use_cpu") else []
     classes = config_classes(path)
-    parsed = parse_config(*classes, args=["--config", str(path), *required, *flags])
+    parsed = parse_config(*classes, args=["--config", str(path), *flags])
     values = {}
     for config in parsed if isinstance(parsed, tuple) else (parsed,):
         values |= vars(config)
     # TRL turns names into lists and enumerations; what was written is still in them.
-    for key in mapping.keys() - {"bf16", "report_to"}:
+    for key in mapping.keys() - {"bf16", "report_to", "scorers"}:
         assert values[key] == mapping[key] or str(mapping[key]).lower() in str(values[key]).lower(), key
 
 
