@@ -46,7 +46,7 @@ class Aesthetic(Scorer):
 
 def load(
     *, checkpoint: Any = None, config: Any = None, tokenizer: Any = None, device: Any = None, dtype: Any = None,
-    clip_checkpoint: Any = None, batch_size: int = 32, num_workers: int = 4, progress: bool = False,
+    clip_checkpoint: Any = None, batch_size: int | None = None, num_workers: int = 4, progress: bool = False,
 ) -> Aesthetic:  # fmt: skip
     """Load the aesthetic predictor: see `rewards.load_scorer`.
 

@@ -47,8 +47,8 @@ class CLIPScore(OpenClipScorer):
 
 def load(
     *, checkpoint: Any = None, config: Any = None, tokenizer: Any = None, device: Any = None, dtype: Any = None,
-    weight: float = 2.5, prefix: str = "", batch_size: int = 32, num_workers: int = 4, long_prompts: str = "truncate",
-    progress: bool = False,
+    weight: float = 2.5, prefix: str = "", batch_size: int | None = None, num_workers: int = 4,
+    long_prompts: str = "truncate", progress: bool = False,
 ) -> CLIPScore:  # fmt: skip
     """Load the CLIP score: see `rewards.load_scorer`.
 

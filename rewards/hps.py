@@ -56,7 +56,7 @@ def fit_on_black(pixels: Tensor, size: int, name: str) -> Tensor:
 
 def load(
     *, checkpoint: Any = None, config: Any = None, tokenizer: Any = None, device: Any = None, dtype: Any = None,
-    version: str = "v2.1", batch_size: int = 32, num_workers: int = 4, long_prompts: str = "truncate",
+    version: str = "v2.1", batch_size: int | None = None, num_workers: int = 4, long_prompts: str = "truncate",
     progress: bool = False,
 ) -> HPSv2:  # fmt: skip
     """Load HPS v2: see `rewards.load_scorer`.

@@ -75,7 +75,7 @@ class ImageReward(Scorer):
         self.model.mlp.float()  # as the official code, which casts the features
         self.tokenizer = tokenizer
         self.size = size
-        self._pair_batch = BatchSize(4 * self.options.batch_size)
+        self._pair_batch = BatchSize(4 * self.batch_size)
 
     def tokenize(self, prompt: str) -> list[int]:
         """WordPiece ids."""
@@ -116,7 +116,7 @@ class ImageReward(Scorer):
 
 def load(
     *, checkpoint: Any = None, config: Any = None, tokenizer: Any = None, device: Any = None, dtype: Any = None,
-    batch_size: int = 32, num_workers: int = 4, long_prompts: str = "truncate", progress: bool = False,
+    batch_size: int | None = None, num_workers: int = 4, long_prompts: str = "truncate", progress: bool = False,
 ) -> ImageReward:  # fmt: skip
     """Load ImageReward: see `rewards.load_scorer`.
 
@@ -181,6 +181,8 @@ def load_tokenizer(tokenizer: Any, checkpoint: Checkpoint) -> Any:
     if tokenizer is not None and not isinstance(tokenizer, str | Path):
         return tokenizer
     beside = checkpoint.path.parent
+    if tokenizer is not None and Path(tokenizer).name == "vocab.txt":
+        tokenizer = Path(tokenizer).parent
     source = tokenizer or (beside if (beside / "vocab.txt").is_file() else OFFICIAL_TOKENIZER)
     if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
         raise CheckpointError(f"{source} has neither vocab.txt nor tokenizer.json.")

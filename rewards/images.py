@@ -1,10 +1,11 @@
 """Opening images that come from anywhere, so that what reaches a scorer is a decoded 8-bit picture of sane size."""
 
+import sys
 import warnings
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -12,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 if TYPE_CHECKING:
     import torch
 
-ImageSource: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray"
+ImageSource: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray | torch.Tensor"
 
 MAX_PIXELS = 89_478_485
 """Largest width x height that is decoded: Pillow's own limit for decompression bombs (a 256 MB RGB picture)."""
@@ -30,8 +31,8 @@ def describe_image(source: ImageSource) -> str:
         return str(source)
     if isinstance(source, Image.Image):
         return getattr(source, "filename", "") or f"<{source.mode} image {source.width}x{source.height}>"
-    if isinstance(source, np.ndarray):
-        return f"<array {source.dtype} {source.shape}>"
+    if isinstance(source, np.ndarray) or _is_tensor(source):
+        return f"<{type(source).__name__} {source.dtype} {tuple(source.shape)}>"
     return f"<{len(source):,} bytes>" if isinstance(source, bytes) else f"<{type(source).__name__}>"
 
 
@@ -41,8 +42,8 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     The first frame of an animation is taken and EXIF orientation is ignored, as the official scorers do.
 
     Args:
-        source: Path, encoded file as bytes, PIL image, or array (height, width[, 3 or 4]) of uint8 or of floats in
-            [0, 1].
+        source: Path, encoded file as bytes, PIL image, array (height, width[, 3 or 4]) or tensor (1, 3 or 4, height,
+            width); these of uint8 or of floats in [0, 1].
         max_pixels: Refuse what has more; looked at before anything is decoded.
 
     Raises:
@@ -51,6 +52,15 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     name = describe_image(source)
     if isinstance(source, np.ndarray):
         image = _from_array(source, name)
+    elif _is_tensor(source):
+        tensor = source.detach().cpu()
+        if tensor.ndim != 3:
+            raise ImageError(
+                f"{name}: a tensor must be (channels, height, width), as diffusers and torchvision have it."
+            )
+        # numpy has no bfloat16.
+        array = (tensor.float() if tensor.is_floating_point() else tensor).permute(1, 2, 0).numpy()
+        image = _from_array(array, name)
     elif isinstance(source, Image.Image):
         image = source
     elif isinstance(source, bytes):
@@ -58,7 +68,7 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     elif isinstance(source, str | Path):
         image = _open(Path(source), name)
     else:
-        raise ImageError(f"{name} is no image: give a path, bytes, a PIL image or a numpy array (height, width, 3).")
+        raise ImageError(f"{name} is no image: give a path, bytes, a PIL image, an array or a tensor.")
     if image.width * image.height > max_pixels:
         raise ImageError(f"{name}: {image.width}x{image.height} is more than {max_pixels:,} pixels; make it smaller.")
     if image.width * image.height == 0:
@@ -130,6 +140,11 @@ def to_tensor(image: Image.Image) -> "torch.Tensor":
     import torch
 
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32).div_(255)
+
+
+def _is_tensor(source: Any) -> "TypeGuard[torch.Tensor]":
+    torch = sys.modules.get("torch")  # whoever has a tensor has imported it
+    return torch is not None and isinstance(source, torch.Tensor)
 
 
 def _open(file: Path | BytesIO, name: str) -> Image.Image:

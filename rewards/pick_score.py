@@ -56,7 +56,7 @@ class PickScore(TwoTowerScorer):
 
 def load(
     *, checkpoint: Any = None, config: Any = None, tokenizer: Any = None, device: Any = None, dtype: Any = None,
-    batch_size: int = 32, num_workers: int = 4, long_prompts: str = "truncate", progress: bool = False,
+    batch_size: int | None = None, num_workers: int = 4, long_prompts: str = "truncate", progress: bool = False,
 ) -> PickScore:  # fmt: skip
     """Load PickScore: see `rewards.load_scorer`.
 

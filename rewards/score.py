@@ -49,7 +49,9 @@ class ScoreConfig:
     keep: list[str] = field(default_factory=list, metadata={"help": "Further columns to carry into the result."})
     device: str | None = field(default=None, metadata={"help": "Where to run; none: the GPU if there is one."})
     dtype: str | None = field(default=None, metadata={"help": "float32 (none), bfloat16 or float16, for all scorers."})
-    batch_size: int = field(default=32, metadata={"help": "Images per forward pass; halved when memory runs out."})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Images per forward pass; none: 32 on a GPU, 4 on a CPU."}
+    )
     num_workers: int = field(default=4, metadata={"help": "Threads that decode images."})
     rows_per_part: int = field(default=512, metadata={"help": "Rows computed between two saves."})
     unified: str | None = field(default=None, metadata={"help": "Saved unified metric to add as column `unified`."})
@@ -68,8 +70,8 @@ class ScoreConfig:
                 raise ValueError(f"`scorers` must hold mappings with a `name`, but has {entry!r}.")
         if self.checkpoint and self.scorer is None:
             raise ValueError("`checkpoint` belongs to `scorer`; in `scorers` each entry has its own.")
-        if self.rows_per_part < 1 or self.batch_size < 1 or self.num_workers < 0:
-            raise ValueError("`rows_per_part` and `batch_size` must be at least 1, `num_workers` at least 0.")
+        if self.rows_per_part < 1 or self.num_workers < 0:
+            raise ValueError("`rows_per_part` must be at least 1, `num_workers` at least 0.")
         if not 0 <= self.max_error_share <= 1:
             raise ValueError(f"`max_error_share` must lie in [0, 1], but got {self.max_error_share}.")
         if self.unified and self.fit_unified:

@@ -36,7 +36,10 @@ class ScoringOptions:
         ValueError: A value out of range.
     """
 
-    batch_size: int = field(default=32, metadata={"help": "Images per forward pass; halved when memory runs out."})
+    batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Images per forward pass, halved when memory runs out; none: 32 on a GPU, 4 on a CPU."},
+    )
     num_workers: int = field(default=4, metadata={"help": "Threads that decode and preprocess images; 0: none."})
     long_prompts: str = field(
         default="truncate",
@@ -47,7 +50,7 @@ class ScoringOptions:
     progress: bool = field(default=False, metadata={"help": "Show a progress bar of images."})
 
     def __post_init__(self):
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, but got {self.batch_size}.")
         if self.num_workers < 0:
             raise ValueError(f"`num_workers` must be 0 or more, but got {self.num_workers}.")
@@ -113,7 +116,9 @@ class Scorer(ABC):
         self.device, self.dtype, self.checkpoint = device, dtype, checkpoint
         self.options = options or ScoringOptions()
         self.prompt_count = PromptCount()
-        self._batch_size = BatchSize(self.options.batch_size)
+        # A CPU gains nothing from large batches, and small ones start before all images are decoded.
+        self.batch_size = self.options.batch_size or (4 if device.type == "cpu" else 32)
+        self._batch_size = BatchSize(self.batch_size)
         self._warned = False
 
     def __call__(self, prompts: Sequence[str], images: Sequence[ImageSource]) -> Tensor:

@@ -27,7 +27,7 @@ class TwoTowerScorer(Scorer):
     def encode_texts(self, pieces: list[tuple[int, ...]]) -> TextFeatures:
         """Embed the distinct pieces of prompts; those of similar length go together, so that little is padding."""
         ordered = sorted(pieces, key=len)
-        batches = in_batches(ordered, BatchSize(4 * self.options.batch_size), lambda batch: list(self._embed(batch)))
+        batches = in_batches(ordered, BatchSize(4 * self.batch_size), lambda batch: list(self._embed(batch)))
         features = torch.stack(list(batches))
         return TextFeatures(features, {piece: row for row, piece in enumerate(ordered)})
 

@@ -2,6 +2,9 @@
 
 import json
 import sys
+import threading
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +127,31 @@ def picture(width=48, height=40, seed=0, mode="RGB"):
     small = rng.integers(0, 256, (5, 5, 4), dtype=np.uint8)
     image = Image.fromarray(small, "RGBA").resize((width, height), Image.Resampling.BICUBIC)
     return image if mode == "RGBA" else image.convert("RGB").convert(mode)
+
+
+@pytest.fixture(scope="session")
+def serve_on_thread():
+    """`with serve_on_thread(service) as url`: a RewardService behind a real socket of this machine."""
+    return running
+
+
+@contextmanager
+def running(service):
+    import uvicorn
+
+    from rewards.serve import bind
+    from rewards.service import build_app
+
+    listener = bind("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(build_app(service), log_config=None, log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 @pytest.fixture(scope="session")

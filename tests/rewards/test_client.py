@@ -12,7 +12,6 @@ import msgpack
 import numpy as np
 import pytest
 import torch
-import uvicorn
 from PIL import Image
 
 from rewards import client, load_scorer
@@ -21,7 +20,7 @@ from rewards.registry import UnknownScorerError
 from rewards.score_queue import ScoreQueue
 from rewards.scorer import ScoreError
 from rewards.serve import bind
-from rewards.service import RewardService, ServedScorer, build_app
+from rewards.service import RewardService, ServedScorer
 from rewards.wire import MSGPACK, Limits
 
 LIMITS = Limits(max_body_bytes=30_000, max_pixels=3_000, max_images=3, max_pairs=8)
@@ -52,16 +51,9 @@ def service(reports):
 
 
 @pytest.fixture(scope="module")
-def url(service):
-    listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(build_app(service), log_config=None, log_level="warning"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(10)
+def url(service, serve_on_thread):
+    with serve_on_thread(service) as url:
+        yield url
 
 
 @pytest.fixture

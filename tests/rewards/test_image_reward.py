@@ -191,6 +191,13 @@ def test_a_folder_without_a_vocabulary_is_named(tiny_blip, tmp_path, tiny_blip_c
         load_scorer("image_reward", checkpoint=tiny_blip, config=tiny_blip_config, tokenizer=tmp_path)
 
 
+def test_the_vocabulary_may_be_named_itself(tiny_blip, tiny_blip_config, vocabulary, image_reward, make_picture):
+    scorer = load_scorer(
+        "image_reward", checkpoint=tiny_blip, config=tiny_blip_config, tokenizer=vocabulary / "vocab.txt", device="cpu"
+    )
+    assert scorer(["a cat"], [make_picture()]) == image_reward(["a cat"], [make_picture()])
+
+
 def test_the_vocabulary_beside_the_weights_is_found(
     tiny_blip, vocabulary, image_reward, tmp_path, tiny_blip_config, make_picture
 ):

@@ -4,6 +4,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from rewards.images import MAX_PIXELS, ImageError, crop_to_square, describe_image, load_image, to_rgb, to_tensor
@@ -30,7 +31,9 @@ def test_the_same_picture_from_a_path_bytes_and_an_array(tmp_path, make_picture)
     path = tmp_path / "picture.png"
     image.save(path)
     pixels = np.array(image)
-    for source in (path, str(path), path.read_bytes(), image, pixels, pixels / 255, (pixels / 255).astype(np.float32)):
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    arrays = (pixels, pixels / 255, (pixels / 255).astype(np.float32), tensor, tensor / 255, (tensor / 255).double())
+    for source in (path, str(path), path.read_bytes(), image, *arrays):
         assert np.array_equal(np.array(load_image(source)), pixels), describe_image(source)
 
 
@@ -65,6 +68,11 @@ def test_exif_rotation_is_ignored_and_the_first_frame_is_taken(make_picture):
         (np.zeros((0, 4, 3), np.uint8), "has no pixels"),
         (Image.new("I;16", (4, 4)), "deeper than 8 bits"),
         (Image.new("F", (4, 4)), "deeper than 8 bits"),
+        (
+            torch.zeros(2, 3, 4, 4),
+            r"<Tensor torch.float32 \(2, 3, 4, 4\)>: a tensor must be \(channels, height, width\)",
+        ),
+        (torch.full((3, 4, 4), 2.0), "must lie in"),
         (None, "<NoneType> is no image"),
         (7, "<int> is no image"),
     ],

@@ -10,12 +10,10 @@ import httpx
 import msgpack
 import pytest
 import torch
-import uvicorn
 from PIL import Image
 
 from rewards.score_queue import ScoreQueue
-from rewards.serve import bind
-from rewards.service import RewardService, ServedScorer, build_app
+from rewards.service import RewardService, ServedScorer
 from rewards.wire import JSON, MSGPACK, Limits, pack
 
 TOKEN = {"Authorization": "Bearer s3cret"}
@@ -58,17 +56,9 @@ def service(toy):
 
 
 @pytest.fixture(scope="module")
-def url(service):
-    listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(build_app(service), log_config=None, log_level="warning"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(10)
-    assert not thread.is_alive()
+def url(service, serve_on_thread):
+    with serve_on_thread(service) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
