@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, NoReturn, cast, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -50,6 +50,7 @@ def parse_config(*dataclass_types: type[Any], args: Sequence[str] | None = None,
         for cls in dataclass_types:
             _check_types(cls, given, path)
     parser = TrlParser(cast(Any, list(dataclass_types)), description=description)
+    parser.error = _refuse
     try:
         values = parser.parse_args_and_config(args)
     except ValueError as error:
@@ -119,6 +120,11 @@ def run_command(main: Any, *dataclass_types: type[Any], errors: tuple[type[Excep
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _refuse(message: str) -> NoReturn:
+    """Stands in for argparse's own way, which prints every option before the error."""
+    raise ConfigError(f"command line: {message} (see --help).")
 
 
 def _config_path(args: list[str]) -> Path | None:

@@ -5,7 +5,7 @@ import math
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from rollouts.names import clean_name
 
@@ -16,6 +16,10 @@ _SHA256 = re.compile(r"[0-9A-F]{64}")
 _ENTITY = re.compile(r"&#?\w{1,31};")
 # Arrow's and SQLite's integers have 64 bits.
 Identifier = Annotated[int, Field(ge=0, lt=2**63)]
+
+# The API writes null where it has nothing to list.
+_NoneIsEmpty = BeforeValidator(lambda value: [] if value is None else value)
+_NoneIsUnknown = BeforeValidator(lambda value: {} if value is None else value)
 
 
 class _Lenient(BaseModel):
@@ -79,21 +83,11 @@ class VersionRecord(_Lenient):
     name: str = ""
     status: str | None = None
     baseModel: str | None = None
-    trainedWords: list[str] = []
+    trainedWords: Annotated[list[str], _NoneIsEmpty] = []
     description: str | None = None
-    stats: Stats = Stats()
-    files: list[FileRecord] = []
-    images: list[Any] = []
-
-    @field_validator("trainedWords", "files", "images", mode="before")
-    @classmethod
-    def _none_is_empty(cls, value: Any) -> Any:
-        return [] if value is None else value
-
-    @field_validator("stats", mode="before")
-    @classmethod
-    def _none_is_unknown(cls, value: Any) -> Any:
-        return {} if value is None else value
+    stats: Annotated[Stats, _NoneIsUnknown] = Stats()
+    files: Annotated[list[FileRecord], _NoneIsEmpty] = []
+    images: Annotated[list[Any], _NoneIsEmpty] = []
 
     @property
     def title(self) -> str:
@@ -116,22 +110,12 @@ class ModelRecord(_Lenient):
     poi: bool = False
     mode: str | None = None
     availability: str | None = None
-    tags: list[Any] = []
+    tags: Annotated[list[Any], _NoneIsEmpty] = []
     description: str | None = None
-    stats: Stats = Stats()
-    modelVersions: list[Any] = []
+    stats: Annotated[Stats, _NoneIsUnknown] = Stats()
+    modelVersions: Annotated[list[Any], _NoneIsEmpty] = []
     allowCommercialUse: Any = None
     allowDerivatives: bool | None = None
-
-    @field_validator("tags", "modelVersions", mode="before")
-    @classmethod
-    def _none_is_empty(cls, value: Any) -> Any:
-        return [] if value is None else value
-
-    @field_validator("stats", mode="before")
-    @classmethod
-    def _none_is_unknown(cls, value: Any) -> Any:
-        return {} if value is None else value
 
     @property
     def title(self) -> str:
