@@ -37,7 +37,7 @@ class Aesthetic(Scorer):
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Scores (images,) of the unit embeddings."""
-        return self.head(unit(self.towers.embed_images(pixels))).squeeze(-1)
+        return self.head(unit(self.towers.embed_images(pixels))).flatten()
 
     def score_pairs(self, images: Tensor, texts: Any, pairs: list[tuple[int, tuple[int, ...]]]) -> Tensor:
         """The image's score for each pair."""

@@ -145,6 +145,8 @@ class Scorer(ABC):
             ScoreError: Numbers of prompts and images that differ.
         """
         check_pairs(prompts, images)
+        if not self.reads_prompts:
+            prompts = [""] * len(images)
         scores = torch.full((len(prompts),), torch.nan)
         errors = self._bad_prompts(prompts)
         rows_of = rows_by_image(images, skip=errors)
@@ -165,8 +167,9 @@ class Scorer(ABC):
                 bar.update()
                 for row, score in results:
                     scores[row] = score
-        for row in torch.isnan(scores).nonzero()[:, 0].tolist():
+        for row in (~torch.isfinite(scores)).nonzero()[:, 0].tolist():
             errors.setdefault(row, f"the score in {self.dtype} is not finite; a wider `dtype` may help.")
+            scores[row] = torch.nan
         return Scored(scores, dict(sorted(errors.items())))
 
     def describe(self) -> dict[str, Any]:
@@ -177,22 +180,15 @@ class Scorer(ABC):
 
     def truncated_share(self, prompts: Sequence[str]) -> float:
         """Share of texts among `prompts` that are longer than `max_tokens`, in [0, 1]; 0 if prompts aren't read."""
-        distinct = {prompt for prompt in prompts if isinstance(prompt, str)} if self.reads_prompts else set()
-        too_long = {prompt for prompt in distinct if len(self.tokenize(prompt)) > self.max_tokens}
-        return (
-            sum(isinstance(prompt, str) and prompt in too_long for prompt in prompts) / len(prompts)
-            if distinct
-            else 0.0
-        )
+        texts = [prompt for prompt in prompts if prompt_problem(prompt) is None] if self.reads_prompts else []
+        too_long = {prompt: len(self.tokenize(prompt)) > self.max_tokens for prompt in set(texts)}
+        return sum(too_long[prompt] for prompt in texts) / len(texts) if texts else 0.0
 
     def _bad_prompts(self, prompts: Sequence[str]) -> dict[int, str]:
         if not self.reads_prompts:
             return {}
-        return {
-            row: "the prompt is empty." if isinstance(prompt, str) else f"the prompt is {prompt!r}, not a text."
-            for row, prompt in enumerate(prompts)
-            if not isinstance(prompt, str) or not prompt.strip()
-        }
+        problems = {row: prompt_problem(prompt) for row, prompt in enumerate(prompts)}
+        return {row: problem for row, problem in problems.items() if problem}
 
     def _pieces(self, prompts: list[str]) -> dict[str, list[Piece]]:
         """Tokens of each prompt, cut so that every piece fits."""
@@ -315,6 +311,19 @@ def check_pairs(prompts: Sequence[str], images: Sequence[ImageSource]) -> None:
         raise ScoreError("`prompts` and `images` must be sequences of equal length; put a single one in a list.")
     if len(prompts) != len(images):
         raise ScoreError(f"Need one prompt per image, but got {len(prompts)} prompts and {len(images)} images.")
+
+
+def prompt_problem(prompt: object) -> str | None:
+    """Why a prompt can't be scored, or None."""
+    if not isinstance(prompt, str):
+        return f"the prompt is {prompt!r:.100}, not a text."
+    if not prompt.strip():
+        return "the prompt is empty."
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        return f"the prompt is {prompt!a:.100}, with half a character that no tokenizer can read."
+    return None
 
 
 def cut_tokens(token_ids: Sequence[int], room: int, long_prompts: str) -> list[Piece]:

@@ -23,7 +23,9 @@ def test_is_the_head_on_unit_embeddings(tmp_path, tiny_clip, tiny_clip_config, p
     with torch.no_grad():
         features = torch.cat([model.encode_image(transform(image)[None]) for image in pictures])
         expected = head(features / features.norm(dim=-1, keepdim=True)).flatten()
-    torch.testing.assert_close(scorer([""] * 5, pictures), expected, atol=1e-5, rtol=0)  # prompts aren't read
+    torch.testing.assert_close(
+        scorer(["", "a", None, [], 3], pictures), expected, atol=1e-5, rtol=0
+    )  # prompts aren't read
     assert scorer.prompt_count.prompts == 0
 
 

@@ -88,7 +88,7 @@ def test_long_prompts_are_cut_and_counted_or_averaged(caplog):
         assert cut(prompts, images).tolist() == [50.0, 50.0, 20.0]
     assert "brightness reads 4 tokens of a prompt: 1 of 3 prompts are longer" in caplog.text
     assert cut.prompt_count.share == pytest.approx(1 / 3)
-    assert cut.truncated_share([*prompts, None]) == 0.25
+    assert cut.truncated_share([*prompts, None]) == pytest.approx(1 / 3)
     pieces = Brightness(long_prompts="chunk")
     # 4 of 6 tokens score 10 * 5, 2 of 6 score 10 * 3
     assert pieces(prompts, images).tolist() == pytest.approx([50 * 4 / 6 + 30 * 2 / 6, 50.0, 20.0])
@@ -110,6 +110,8 @@ def test_cut_tokens():
         (["a", ""], [gray(1)] * 2, "Row 1: the prompt is empty"),
         (["a", " \n"], [gray(1)] * 2, "Row 1: the prompt is empty"),
         ([3], [gray(1)], "Row 0: the prompt is 3, not a text"),
+        ([["a"]], [gray(1)], r"Row 0: the prompt is \['a'\], not a text"),
+        (["a \ud83c"], [gray(1)], r"Row 0: the prompt is 'a \\ud83c', with half a character"),
         (["a"] * 3, [gray(1), "gone.png", b"x"], "Row 1: Can't open the image gone.png.*1 more rows failed"),
     ],
 )
@@ -131,10 +133,11 @@ def test_a_bad_row_costs_one_row():
     assert list(scored.errors) == [0, 1, 3]
 
 
-def test_a_score_that_is_not_finite_is_an_error():
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_score_that_is_not_finite_is_an_error(value):
     class Broken(Brightness):
         def score_pairs(self, images, texts, pairs):
-            return torch.full((len(pairs),), torch.nan)
+            return torch.full((len(pairs),), value)
 
     with pytest.raises(ScoreError, match="Row 0: the score in torch.float32 is not finite"):
         Broken()(["a"], [gray(1)])
