@@ -3,6 +3,9 @@
 Module names are those of the official checkpoints, so their weights load without renaming. Differences in the text
 encoder from transformers' BERT: no token types, no pooler, and a cross-attention in every layer whose keys and values
 are as wide as the vision encoder.
+
+`lower_precision` makes the matrices bfloat16 or float16 and leaves the residual stream and the norms in float32: there
+rounding would cost most of the accuracy and save hardly any time.
 """
 
 from collections.abc import Mapping
@@ -51,6 +54,21 @@ def pick_fields(cls: Any, values: Mapping[str, Any]) -> Any:
     return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
 
+class Matrix(nn.Linear):
+    """A linear layer that takes inputs of any precision and answers in that of its weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, in_features) -> (…, out_features)."""
+        return super().forward(input.to(self.weight.dtype))
+
+
+def lower_precision(module: nn.Module, dtype: torch.dtype) -> None:
+    """Convert matrices and convolutions in place; everything else stays as it is."""
+    for part in module.modules():
+        if isinstance(part, Matrix | nn.Conv2d):
+            part.to(dtype)
+
+
 class BLIP(nn.Module):
     """Vision encoder and image-grounded text encoder."""
 
@@ -58,8 +76,8 @@ class BLIP(nn.Module):
         super().__init__()
         self.visual_encoder = VisionTransformer(vision)
         self.text_encoder = TextEncoder(text, vision.embed_dim)
-        self.vision_proj = nn.Linear(vision.embed_dim, PROJECTION)
-        self.text_proj = nn.Linear(text.hidden_size, PROJECTION)
+        self.vision_proj = Matrix(vision.embed_dim, PROJECTION)
+        self.text_proj = Matrix(text.hidden_size, PROJECTION)
 
 
 class VisionTransformer(nn.Module):
@@ -90,9 +108,9 @@ class VisionBlock(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.attn = nn.ModuleDict({"qkv": Matrix(width, 3 * width), "proj": Matrix(width, width)})
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+        self.mlp = nn.ModuleDict({"fc1": Matrix(width, 4 * width), "fc2": Matrix(4 * width, width)})
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(images, tokens, width) -> the same."""
@@ -158,7 +176,7 @@ class TextLayer(nn.Module):
         super().__init__()
         self.attention = AttentionBlock(config, config.hidden_size)
         self.crossattention = AttentionBlock(config, image_width)
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
+        self.intermediate = nn.ModuleDict({"dense": Matrix(config.hidden_size, config.intermediate_size)})
         self.output = AddAndNorm(config.intermediate_size, config)
 
     def forward(
@@ -179,7 +197,7 @@ class AttentionBlock(nn.Module):
         width = config.hidden_size
         self.num_heads = config.num_attention_heads
         names = {"query": width, "key": key_width, "value": key_width}
-        self.self = nn.ModuleDict({name: nn.Linear(source, width) for name, source in names.items()})
+        self.self = nn.ModuleDict({name: Matrix(source, width) for name, source in names.items()})
         self.output = AddAndNorm(width, config)
 
     def forward(
@@ -198,7 +216,7 @@ class AddAndNorm(nn.Module):
 
     def __init__(self, width: int, config: TextConfig):
         super().__init__()
-        self.dense = nn.Linear(width, config.hidden_size)
+        self.dense = Matrix(width, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, new: Tensor, stream: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from rewards.batching import BatchSize, in_batches
-from rewards.blip import BLIP, TextConfig, VisionConfig, pick_fields
+from rewards.blip import BLIP, TextConfig, VisionConfig, lower_precision, pick_fields
 from rewards.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -71,8 +71,8 @@ class ImageReward(Scorer):
 
     def __init__(self, model: ImageRewardModel, tokenizer: Any, *, size: int, **common: Any):
         super().__init__(**common)
-        self.model = model.eval().requires_grad_(False).to(self.device, self.dtype)
-        self.model.mlp.float()  # as the official code, which casts the features
+        self.model = model.eval().requires_grad_(False).to(self.device)
+        lower_precision(self.model.blip, self.dtype)  # the head stays float32, as in the official code
         self.tokenizer = tokenizer
         self.size = size
         self._pair_batch = BatchSize(4 * self.batch_size)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rewards.checkpoints import Checkpoint, CheckpointError, load_state_dict, load_strictly, read_json
 from rewards.scorer import ScoringOptions, pick_device, pick_dtype
@@ -32,7 +32,7 @@ class OpenClipTowers:
     def __init__(self, model: "open_clip.CLIP", *, device: torch.device, dtype: torch.dtype):
         from open_clip.tokenizer import SimpleTokenizer
 
-        self.model = model.eval().requires_grad_(False).to(device, dtype)
+        self.model = lower_precision(model.eval().requires_grad_(False), dtype).to(device)
         self.causal_mask = cast(Tensor, self.model.attn_mask)
         self.device = device
         self.tokenizer = SimpleTokenizer(context_length=model.context_length)
@@ -68,7 +68,45 @@ class OpenClipTowers:
         hidden = model.transformer(hidden, attn_mask=self.causal_mask[:length, :length])
         last = model.ln_final(hidden[torch.arange(len(hidden), device=self.device), ends])
         projection = model.text_projection
-        return projection(last) if isinstance(projection, torch.nn.Linear) else last @ projection
+        if isinstance(projection, nn.Linear):
+            return projection(last.to(projection.weight.dtype))
+        return last @ projection.to(last.dtype)
+
+
+class _Then(nn.Module):
+    """A norm whose answer is converted."""
+
+    def __init__(self, norm: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.norm, self.dtype = norm, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x).to(self.dtype)
+
+
+def lower_precision(model: "open_clip.CLIP", dtype: torch.dtype) -> "open_clip.CLIP":
+    """Convert a model in place so that it computes in `dtype`.
+
+    Of CLIP's two transformers only the matrices are converted; the residual stream and the norms stay in float32, where
+    rounding would cost most of the accuracy and save hardly any time. Other towers are converted as a whole.
+    """
+    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+
+    if dtype == torch.float32:
+        return model
+    visual: Any = model.visual
+    if not isinstance(visual, VisionTransformer):
+        return model.to(dtype)
+    blocks: list[Any] = [*model.transformer.resblocks, *visual.transformer.resblocks]
+    if any(type(block) is not ResidualAttentionBlock for block in blocks):
+        return model.to(dtype)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.MultiheadAttention):
+            module.to(dtype)
+    visual.ln_pre = _Then(visual.ln_pre, torch.float32)
+    for block in blocks:
+        block.ln_1, block.ln_2 = _Then(block.ln_1, dtype), _Then(block.ln_2, dtype)
+    return model
 
 
 class OpenClipScorer(TwoTowerScorer):

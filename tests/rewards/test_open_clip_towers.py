@@ -3,8 +3,9 @@ import json
 import open_clip
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from rewards import load_scorer
 from rewards.checkpoints import CheckpointError, find_checkpoint
 from rewards.open_clip_towers import load_towers, open_clip_config
 
@@ -46,3 +47,24 @@ def test_a_configuration_that_is_none_says_so(tiny_clip):
     for config, message in (({"embed_dim": 3}, "no open_clip model configuration"), ("ViT-Z", "no architecture ViT-Z")):
         with pytest.raises(CheckpointError, match=message):
             load_towers(find_checkpoint(tiny_clip), config, device=torch.device("cpu"), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_bfloat16_stays_close(tmp_path, tiny_clip_config, randomize, make_picture, kind):
+    config = dict(tiny_clip_config)
+    if kind == "resnet":
+        config["vision_cfg"] = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64}
+    path = tmp_path / "clip.safetensors"
+    save_file({k: v.contiguous() for k, v in randomize(open_clip.CLIP(**config)).state_dict().items()}, path)
+    prompts, images = ["a cat", "seven", "!", "a red house"] * 4, [make_picture(seed=i) for i in range(16)]
+    full, low = (
+        load_scorer("hps_v2", checkpoint=path, config=config, device="cpu", dtype=dtype)
+        for dtype in ("float32", "bfloat16")
+    )
+    scores = full(prompts, images)
+    difference = (low(prompts, images) - scores).abs()
+    assert 0 < difference.mean() < 0.05 * scores.std()
+    kinds = {name: value.dtype for name, value in low.towers.model.named_parameters()}
+    assert kinds["transformer.resblocks.0.attn.in_proj_weight"] == torch.bfloat16
+    if kind == "vit":  # rounding happens in the matrices only
+        assert kinds["token_embedding.weight"] == kinds["visual.ln_post.weight"] == torch.float32
