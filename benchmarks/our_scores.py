@@ -16,22 +16,27 @@ import torch
 from torch import Tensor
 
 from rewards import load_scorer
+from rewards.blip import lower_precision
 from rewards.images import load_image
+from rewards.scorer import pick_dtype
 
 
-def limit_of_hps(scorer: Any, prompts: list[str], images: list[str]) -> Callable[[], Tensor]:
+def limit_of_hps(scorer: Any, dtype: torch.dtype, prompts: list[str], images: list[str]) -> Callable[[], Tensor]:
     """Both towers of HPS v2 over each distinct prompt and image."""
     import open_clip
 
-    model = scorer.towers.model
-    pixels = torch.stack([scorer.preprocess(load_image(image)) for image in images]).to(scorer.device, scorer.dtype)
+    model = scorer.towers.model.to(dtype)
+    pixels = torch.stack([scorer.preprocess(load_image(image)) for image in images]).to(scorer.device, dtype)
     tokens = open_clip.get_tokenizer("ViT-H-14")(prompts).to(scorer.device)
     return lambda: model.encode_text(tokens, normalize=True) @ model.encode_image(pixels, normalize=True).T
 
 
-def limit_of_image_reward(scorer: Any, prompts: list[str], images: list[str]) -> Callable[[], Tensor]:
+def limit_of_image_reward(
+    scorer: Any, dtype: torch.dtype, prompts: list[str], images: list[str]
+) -> Callable[[], Tensor]:
     """The vision encoder over each image, and the text encoder over every pair at the official 35 tokens."""
-    pixels = torch.stack([scorer.preprocess(load_image(image)) for image in images]).to(scorer.device, scorer.dtype)
+    pixels = torch.stack([scorer.preprocess(load_image(image)) for image in images]).to(scorer.device, dtype)
+    lower_precision(scorer.model.blip, dtype)
     texts = scorer.tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
     input_ids = texts["input_ids"].repeat_interleave(len(images), 0).to(scorer.device)
     mask = texts["attention_mask"].bool().repeat_interleave(len(images), 0).to(scorer.device)
@@ -59,8 +64,10 @@ def main() -> None:
     job = json.load(sys.stdin)
     started = time.perf_counter()
     options = {"tokenizer": job["tokenizer"]} if job["scorer"] == "image_reward" else {}
+    dtype = pick_dtype(job["dtype"])
+    loaded = torch.float32 if job["role"] == "limit" else dtype
     scorer: Any = load_scorer(
-        job["scorer"], checkpoint=job["checkpoint"], device=job["device"], dtype=job["dtype"], num_workers=1, **options
+        job["scorer"], checkpoint=job["checkpoint"], device=job["device"], dtype=loaded, num_workers=1, **options
     )
     first = job["cases"][0]
     scorer(first["prompts"][:1], first["images"][:1])
@@ -68,7 +75,7 @@ def main() -> None:
     for case in job["cases"]:
         prompts, images = case["prompts"], case["images"]
         if job["role"] == "limit":
-            run = LIMITS[job["scorer"]](scorer, prompts, images)
+            run = LIMITS[job["scorer"]](scorer, dtype, prompts, images)
         else:
             pairs = [prompt for prompt in prompts for _ in images], images * len(prompts)
             run = lambda pairs=pairs, images=images: scorer(*pairs).view(-1, len(images))  # noqa: E731
