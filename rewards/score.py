@@ -20,11 +20,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rewards.checkpoints import CheckpointError
 from rewards.commandline import ConfigError, run_command, save_config
 from rewards.files import write_atomically
 from rewards.pairs_table import Pairs, TableError, read_pairs
-from rewards.registry import ScorerCall, UnknownScorerError, load_scorer
+from rewards.registry import BUILT_IN, ScorerCall, load_scorer
+from rewards.unified import UnifiedMetricError
 
 logger = logging.getLogger(__name__)
 
@@ -129,9 +129,12 @@ def describe(scorer: ScorerCall) -> dict[str, Any]:
 
 def _load(entry: dict[str, Any], config: ScoreConfig) -> ScorerCall:
     options: dict[str, Any] = {key: value for key, value in entry.items() if key != "column" and value is not None}
-    if options["name"] in ("aesthetic", "clip_score", "hps_v2", "image_reward", "pick_score"):
+    if options["name"] in BUILT_IN.keys() - {"remote"}:
         options = {"batch_size": config.batch_size, "num_workers": config.num_workers, **options}
-    return load_scorer(**options)
+    try:
+        return load_scorer(**options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"The scorer {column_of(entry)}: {error}") from error
 
 
 def _load_metric(config: ScoreConfig) -> Any:
@@ -246,4 +249,4 @@ def summary_text(summary: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main, ScoreConfig, errors=(TableError, CheckpointError, UnknownScorerError, ConfigError, ValueError))
+    run_command(main, ScoreConfig, errors=(TableError, UnifiedMetricError))
