@@ -53,6 +53,9 @@ def main(config: ConvertConfig) -> None:
     import torch
     from safetensors.torch import save
 
+    vocabulary = Path(config.tokenizer) / "vocab.txt" if config.tokenizer else None
+    if vocabulary and not vocabulary.is_file():
+        raise ConfigError(f"`tokenizer`: {config.tokenizer} has no vocab.txt.")
     source = find_checkpoint(config.checkpoint)
     sizes = _sizes(config)
     state = load_state_dict(source.path)
@@ -70,10 +73,7 @@ def main(config: ConvertConfig) -> None:
                            "sha256": source.sha256},
     }  # fmt: skip
     write_atomically(output / WEIGHTS_FILE, save(state, metadata={"format": "pt"}))
-    if config.tokenizer:
-        vocabulary = Path(config.tokenizer) / "vocab.txt"
-        if not vocabulary.is_file():
-            raise ConfigError(f"`tokenizer`: {config.tokenizer} has no vocab.txt.")
+    if vocabulary:
         shutil.copyfile(vocabulary, output / "vocab.txt")
     write_atomically(output / CONFIG_FILE, json.dumps(settings, indent=2).encode())  # last: it says all is there
     logger.info("%s: %d tensors from %s", output, len(state), source.path)
