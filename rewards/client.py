@@ -4,11 +4,9 @@ import ipaddress
 import logging
 import math
 import os
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from functools import cached_property
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from rewards.batching import prefetch
 from rewards.images import ImageError, ImageSource
+from rewards.retries import backoff, retry_after
 from rewards.scorer import Scored, check_pairs, rows_by_image
 from rewards.wire import JSON, MSGPACK, Limits, MessageError, encode_image, is_text, media_type, pack, unpack
 
@@ -253,7 +252,7 @@ class RemoteScorer:
         unreachable = _import_httpx().RequestError
         reason = ""
         for attempt in range(self.retries + 1):
-            wait = 0.0
+            wait = None
             try:
                 response = self._client.request(method, self._endpoint, content=body)
             except unreachable as error:
@@ -264,9 +263,9 @@ class RemoteScorer:
                 reason = f"HTTP {response.status_code}: {_reason(response)}"
                 if response.status_code not in RETRIED:
                     raise RemoteScorerError(f"{self._endpoint} answered {reason}")
-                wait = retry_after(response.headers.get("retry-after"))
+                wait = retry_after(response.headers.get("retry-after"), MAX_DELAY)
             if attempt < self.retries:
-                delay = max(wait, min(MAX_DELAY, FIRST_DELAY * 2**attempt) * random.uniform(0.5, 1))
+                delay = max(wait or 0.0, backoff(attempt + 1, FIRST_DELAY, MAX_DELAY))
                 logger.warning("%s: %s; attempt %d in %.1f s.", self._endpoint, reason, attempt + 2, delay)
                 time.sleep(delay)
         raise RemoteScorerError(f"{self._endpoint} gave no answer in {self.retries + 1} attempts. Last: {reason}")
@@ -312,20 +311,6 @@ def load(
     )  # fmt: skip
     _ = remote.service  # a wrong address, token or name shows now, not after hours of rendering
     return remote
-
-
-def retry_after(header: str | None) -> float:
-    """Seconds to wait by a Retry-After header (a number or a date), between 0 and MAX_DELAY."""
-    if header is None:
-        return 0.0
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(header).timestamp() - time.time()
-        except ValueError:
-            return 0.0
-    return min(max(seconds, 0.0), MAX_DELAY) if math.isfinite(seconds) else 0.0
 
 
 def _read_answer(answer: Mapping[str, Any], pairs: int) -> Scored:

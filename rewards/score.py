@@ -24,7 +24,7 @@ from rewards.commandline import ConfigError, run_command, save_config
 from rewards.files import write_atomically
 from rewards.pairs_table import Pairs, TableError, read_pairs
 from rewards.registry import BUILT_IN, ScorerCall, load_scorer
-from rewards.unified import UnifiedMetricError
+from rewards.unified import UnifiedMetric, UnifiedMetricError
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def main(config: ScoreConfig) -> dict[str, Any]:
     pairs = read_pairs(
         config.source, prompt_column=config.prompt_column, image_column=config.image_column, keep=config.keep
     )
-    metric = _load_metric(config)
+    metric = UnifiedMetric.load(config.unified) if config.unified else None
     scorers = {column_of(entry): _load(entry, config) for entry in config.entries()}
     output = Path(config.output)
     save_config(output / "config.yaml", config)
@@ -135,14 +135,6 @@ def _load(entry: dict[str, Any], config: ScoreConfig) -> ScorerCall:
         return load_scorer(**options)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"The scorer {column_of(entry)}: {error}") from error
-
-
-def _load_metric(config: ScoreConfig) -> Any:
-    if config.unified is None:
-        return None
-    from rewards.unified import UnifiedMetric
-
-    return UnifiedMetric.load(config.unified)
 
 
 def _key(config: ScoreConfig, pairs: Pairs, described: dict[str, Any]) -> str:
@@ -189,8 +181,6 @@ def _merge(folder: Path, pairs: Pairs, metric: Any, config: ScoreConfig) -> Any:
     columns |= {name: scores[name] for name in scores.column_names}
     if config.fit_unified or metric is not None:
         import torch
-
-        from rewards.unified import UnifiedMetric
 
         named = [column_of(entry) for entry in config.entries()]
         values = {

@@ -65,24 +65,26 @@ def encode_prompts(
     second = getattr(pipeline, "text_encoder_2", None)
     towers = [(pipeline.tokenizer, pipeline.text_encoder)]
     towers += [(pipeline.tokenizer_2, second)] if second is not None else []
+    texts = [*prompts, *negative_prompts]
+    distinct = list(dict.fromkeys(texts))  # k images of a prompt need it encoded once
     parts, pooled = [], None
     for tokenizer, encoder in towers:
-        chunked = [chunks_of(parse_attention(text), tokenizer) for text in [*prompts, *negative_prompts]]
+        chunked = [chunks_of(parse_attention(text), tokenizer) for text in distinct]
         most = max(map(len, chunked))
-        rows = [chunks + [Chunk([], [])] * (most - len(chunks)) for chunks in chunked]
+        padded = [chunks + [Chunk([], [])] * (most - len(chunks)) for chunks in chunked]
         embedded = [
-            _encode([row[index] for row in rows], tokenizer, encoder, clip_skip, xl=second is not None)
+            _encode([row[index] for row in padded], tokenizer, encoder, clip_skip, xl=second is not None)
             for index in range(most)
         ]
         parts.append(torch.cat([embeddings for embeddings, _ in embedded], 1))
         pooled = embedded[0][1]
-    both = torch.cat(_equally_long(parts), -1)
-    if second is None:
-        pooled = None
+    row_of = {text: row for row, text in enumerate(distinct)}
+    rows = [row_of[text] for text in texts]
     n = len(prompts)
-    return PromptEmbeddings(
-        both[:n], both[n:], None if pooled is None else pooled[:n], None if pooled is None else pooled[n:]
-    )
+    embeddings = torch.cat(_equally_long(parts), -1)[rows]
+    if second is None or pooled is None:
+        return PromptEmbeddings(embeddings[:n], embeddings[n:], None, None)
+    return PromptEmbeddings(embeddings[:n], embeddings[n:], pooled[rows][:n], pooled[rows][n:])
 
 
 def chunks_of(sections: Sequence[Sequence[Weighted]], tokenizer: Any) -> list[Chunk]:

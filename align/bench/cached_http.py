@@ -9,22 +9,20 @@ one it lacks, so a kill loses at most the request in flight.
 
 from __future__ import annotations
 
-import email.utils
 import hashlib
 import json
 import logging
 import os
-import random
 import re
 import time
 import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC
 from pathlib import Path
 from typing import Any, Self
 
 from rewards.files import write_atomically
+from rewards.retries import backoff, retry_after
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +189,7 @@ class CachedHTTP:
         status: int | None = None
         for attempt in range(1, self.max_retries + 2):
             self._wait_for_turn()
-            retry_after: float | None = None
+            wait: float | None = None
             try:
                 response = self._http.request(request.method, url, json=request.body)
                 status = response.status_code
@@ -202,7 +200,7 @@ class CachedHTTP:
                 reason = self._redact(f"{response.reason_phrase or 'error'}: {' '.join(response.text.split())[:200]}")
                 if status not in RETRYABLE_STATUS:
                     raise RequestError(reason, url=url, status=status, attempts=attempt)
-                retry_after = _retry_after(response.headers.get("Retry-After"))
+                wait = retry_after(response.headers.get("Retry-After"), MAX_RETRY_AFTER_SECONDS)
             except BadBodyError as error:
                 bad_bodies += 1
                 reason = str(error)
@@ -217,7 +215,7 @@ class CachedHTTP:
                 ) from error
             if attempt > self.max_retries or bad_bodies >= MAX_BAD_BODIES:
                 break
-            delay = _backoff(attempt) if retry_after is None else retry_after
+            delay = backoff(attempt, BACKOFF_SECONDS, MAX_BACKOFF_SECONDS) if wait is None else wait
             logger.warning("%s; attempt %d of %s again in %.1f s", reason, attempt + 1, url, delay)
             self._sleep(delay)
         raise RequestError(reason, url=url, status=status, attempts=attempt)
@@ -269,25 +267,3 @@ def _parse(text: str, check: Check) -> Any:
         raise BadBodyError(f"the body is not JSON ({text[:80]!r})") from error
     check(body)
     return body
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header (a number or an HTTP date), capped; None when absent, malformed or past."""
-    if value is None:
-        return None
-    value = value.strip()
-    if re.fullmatch(r"[0-9]{1,12}", value):
-        seconds = float(value)
-    else:
-        try:
-            date = email.utils.parsedate_to_datetime(value)
-            seconds = date.replace(tzinfo=date.tzinfo or UTC).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            return None
-    # Zero or less would turn the retries into a burst: back off as if the header were missing.
-    return min(seconds, MAX_RETRY_AFTER_SECONDS) if seconds > 0 else None
-
-
-def _backoff(attempt: int) -> float:
-    """Exponential with jitter: between half and all of 1, 2, 4, ... seconds, capped."""
-    return min(BACKOFF_SECONDS * 2 ** (attempt - 1), MAX_BACKOFF_SECONDS) * random.uniform(0.5, 1.0)

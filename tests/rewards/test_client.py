@@ -4,7 +4,6 @@ import json
 import pickle
 import threading
 import time
-from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 
 from rewards import client, load_scorer
-from rewards.client import RemoteScorer, RemoteScorerError, retry_after
+from rewards.client import RemoteScorer, RemoteScorerError
 from rewards.registry import UnknownScorerError
 from rewards.score_queue import ScoreQueue
 from rewards.scorer import ScoreError
@@ -326,10 +325,3 @@ def test_rows_that_failed_over_there(server):
     server.answers = [good(None, 0.25, errors={"0": "bad picture"})]
     scored = RemoteScorer(server.url, "x", retries=0).score(["a", "b"], [grey(1), grey(2)])
     assert scored.errors == {0: "bad picture"} and scored.scores[0].isnan() and scored.scores[1] == 0.25
-
-
-def test_retry_after():
-    assert retry_after("1.5") == 1.5
-    assert retry_after("3600") == client.MAX_DELAY
-    assert 8 < retry_after(formatdate(time.time() + 10, usegmt=True)) <= 10
-    assert [retry_after(header) for header in (None, "-1", "nan", "inf", "soon")] == [0.0] * 5

@@ -126,6 +126,20 @@ def test_a_prompt_is_encoded_alike_whatever_else_is_in_the_batch(sd):
     torch.testing.assert_close(together.prompt_embeds[1, :77], plain, atol=1e-6, rtol=0)
 
 
+def test_a_text_that_occurs_several_times_is_encoded_once(sd, monkeypatch):
+    batches = []
+    forward = sd.text_encoder.forward
+    monkeypatch.setattr(
+        sd.text_encoder, "forward", lambda ids, **options: batches.append(len(ids)) or forward(ids, **options)
+    )
+    found = encode_prompts(sd, ["a fox", "a cat", "a fox"], ["bad"] * 3)
+    assert batches == [3]
+    assert torch.equal(found.prompt_embeds[0], found.prompt_embeds[2])
+    alone = encode_prompts(sd, ["a cat"], ["bad"])
+    torch.testing.assert_close(found.prompt_embeds[1:2], alone.prompt_embeds, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.negative_prompt_embeds[2:], alone.negative_prompt_embeds, atol=1e-6, rtol=0)
+
+
 def sizes(prompt, tokenizer):
     return [len(chunk.token_ids) for chunk in chunks_of(parse_attention(prompt), tokenizer)]
 
