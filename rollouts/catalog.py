@@ -43,13 +43,14 @@ class Judged(NamedTuple):
 
 
 class CatalogFile(BaseModel):
-    """One file of weights. `sha256` is upper-case hex; `uri` is where to fetch it from or where it lies."""
+    """One file of weights: `uri` is where to fetch it from or where it lies, `sha256` upper-case hex, `size` bytes."""
 
     model_config = ConfigDict(extra="forbid")
 
     uri: str
     format: str
     sha256: str = Field(pattern=r"^[0-9A-F]{64}$")
+    size: int | None = Field(default=None, ge=0)
 
 
 class Parameters(BaseModel):

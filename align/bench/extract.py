@@ -178,7 +178,12 @@ def _draft(model: ModelRecord, version: VersionRecord, hashes: list[str]) -> dic
         "hashes": hashes,
         "sha256": sorted({sha for f in weights if (sha := f.hash_of("SHA256"))}),
         "stems": sorted({f.name.rsplit(".", 1)[0].lower() for f in weights if f.name}),
-        "file": {"uri": file.downloadUrl, "format": file.format, "sha256": file.hash_of("SHA256")},
+        "file": {
+            "uri": file.downloadUrl,
+            "format": file.format,
+            "sha256": file.hash_of("SHA256"),
+            "size": file.size,
+        },
         "trigger_words": [word[:MAX_WORD_CHARS] for word in version.trainedWords[:MAX_WORDS]],
         "tags": [tag[:MAX_WORD_CHARS] for tag in model.tag_names[:MAX_WORDS]],
         "description": (model.description or "")[:MAX_DESCRIPTION_CHARS],

@@ -39,6 +39,13 @@ class FileRecord(_Lenient):
     virusScanResult: str | None = None
     hashes: dict[str, str | None] | None = None
     primary: bool | None = None
+    sizeKB: Any = None  # only for estimates: no reason to drop a file
+
+    @property
+    def size(self) -> int | None:
+        """Bytes, if that is known."""
+        known = isinstance(self.sizeKB, int | float) and 0 < self.sizeKB < 1e9
+        return round(self.sizeKB * 1024) if known else None
 
     @property
     def format(self) -> str:

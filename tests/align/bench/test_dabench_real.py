@@ -176,7 +176,7 @@ def test_every_model_of_the_catalogue_is_available(catalog, raw):
         matching = [f for f in version["files"] if (f["hashes"].get("SHA256") or "").upper() == file.sha256]
         assert any(
             f["metadata"]["format"] == "SafeTensor" and f["downloadUrl"] == file.uri
-            and f["pickleScanResult"] == f["virusScanResult"] == "Success"
+            and f["pickleScanResult"] == f["virusScanResult"] == "Success" and round(f["sizeKB"] * 1024) == file.size
             for f in matching
         ), entry.name  # fmt: skip
 

@@ -28,6 +28,7 @@ def version(number=10, *images, **changes):
     file = {
         "name": "Fox_v1.safetensors",
         "type": "Model",
+        "sizeKB": 2,
         "metadata": {"format": "SafeTensor"},
         "hashes": {"SHA256": "cd" * 32, "AutoV2": "cd" * 5, "AutoV1": "12345678", "CRC32": "00000000"},
         "downloadUrl": "https://models.example.org/10",
@@ -71,7 +72,7 @@ def test_a_sound_record_becomes_a_draft():
         "hashes": ["12345678", "CD" * 5, "CD" * 32],
         "sha256": ["CD" * 32],
         "stems": ["fox_v1"],
-        "file": {"uri": "https://models.example.org/10", "format": "SafeTensor", "sha256": "CD" * 32},
+        "file": {"uri": "https://models.example.org/10", "format": "SafeTensor", "sha256": "CD" * 32, "size": 2 * 1024},
         "trigger_words": ["foxy"],
         "tags": ["animal"],
         "description": "<p>Foxes</p>",
@@ -113,6 +114,17 @@ def test_models_that_are_left_out_are_counted_with_their_place(record, rule):
     assert removed(part, "models") == {rule: 1}
     assert part.funnel.to_dict()["models"]["examples"][rule][0].startswith("dump:1: ")
     assert part.records == 2
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(0.5, 512), (None, None), ("big", None), (-1, None), (math.nan, None), (math.inf, None), (10**400, None)],
+)
+def test_the_size_of_a_file_is_a_hint(size, expected):
+    record = version(10, image(5))
+    record["files"][0]["sizeKB"] = size
+    [draft] = part_of(model(1, record)).versions
+    assert draft["file"]["size"] == expected
 
 
 @pytest.mark.parametrize(
