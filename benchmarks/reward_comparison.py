@@ -50,7 +50,7 @@ def cases_of(scorer: str, images: list[str], repeats: int) -> list[dict[str, Any
     ten_prompts = [f"{PROMPTS[1]}, number {i}" for i in range(10)]
     cases = [
         {"name": "parity", "prompts": PROMPTS, "images": images[: len(SIZES)], "repeats": 1},
-        {"name": "k1", "prompts": PROMPTS[1:2], "images": images[:1], "repeats": 2 * repeats},
+        {"name": "k1", "prompts": PROMPTS[1:2], "images": images[:1], "repeats": 8 * repeats},
         {"name": "k10", "prompts": PROMPTS[1:2], "images": images[:10], "repeats": repeats},
     ]
     if scorer == "image_reward":
@@ -79,12 +79,26 @@ def compare(scorer: str, checkpoint: Path, args: argparse.Namespace) -> dict[str
         "med_config": str((args.folder / "med_config.json").resolve()), "device": args.device,
         "cases": cases_of(scorer, make_pictures(args.folder / "images", 10), args.repeats),
     }  # fmt: skip
-    results = {"official": run([str(args.official_python), "benchmarks/official_scores.py"], dict(job), args.folder)}
-    for role in ("ours", "limit"):
-        for dtype in ("float32", "bfloat16"):
-            job_of_role = job | {"role": role, "dtype": dtype}
-            results[f"{role}_{dtype}"] = run([sys.executable, "-m", "benchmarks.our_scores"], job_of_role, args.folder)
+    results: dict[str, Any] = {}
+    for _ in range(args.rounds):
+        found = run([str(args.official_python), "benchmarks/official_scores.py"], dict(job), args.folder)
+        results["official"] = fastest(results.get("official"), found)
+        for role in ("ours", "limit"):
+            for dtype in ("float32", "bfloat16"):
+                job_of_role = job | {"role": role, "dtype": dtype}
+                found = run([sys.executable, "-m", "benchmarks.our_scores"], job_of_role, args.folder)
+                results[f"{role}_{dtype}"] = fastest(results.get(f"{role}_{dtype}"), found)
     return results
+
+
+def fastest(one: dict[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]:
+    """Of two results of a job, the shorter times; the scores are the same."""
+    if one is None:
+        return other
+    cases = {
+        name: min(one["cases"][name], other["cases"][name], key=lambda case: case["seconds"]) for name in one["cases"]
+    }
+    return {name: min(one[name], other[name]) for name in ("ready", "peak_mb")} | {"cases": cases}
 
 
 def differences(results: dict[str, Any]) -> dict[str, float]:
@@ -156,6 +170,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/parity"), help="For images and random weights.")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=2, help="Processes of each side, in turn; the fastest counts.")
     parser.add_argument("--repeats", type=int, default=2, help="Of each timed case; the fastest counts.")
     return parser.parse_args()
 

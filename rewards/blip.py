@@ -227,4 +227,10 @@ class AddAndNorm(nn.Module):
 def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
     """Multi-head attention of (batch, queries, width) to (batch, keys, width); heads lie beside each other."""
     query, key, value = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key, value))
+    if mask is None and len(query) == 1 and query.device.type == "cpu":
+        # For a single image PyTorch's fused kernel is slower on a CPU: 1.7 for 1.2 ms a layer of the ViT on two cores.
+        weights = torch.baddbmm(
+            query.new_zeros(()), query[0], key[0].transpose(1, 2), beta=0, alpha=query.shape[-1] ** -0.5
+        )
+        return torch.bmm(weights.softmax(-1), value[0]).transpose(0, 1).flatten(1)[None]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
