@@ -7,7 +7,6 @@ tokenizer trained on the data). Resumes from the last complete checkpoint in `ou
 """
 
 import logging
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from align.run_directory import MetricsFile, last_complete_checkpoint, write_mod
 from align.sample_answers import SampleAnswers
 from align.scratch import ScratchConfig, build_from_scratch, train_bpe_tokenizer
 from rewards.commandline import ConfigError, run_command, save_config
+from rewards.tracking import check_wandb
 from rollouts.api import ARCHITECTURES
 from rollouts.catalog import Catalog, CatalogError
 from rollouts.dialogue import Dialogue, DialogueError, DialogueFormat
@@ -79,7 +79,8 @@ def main(args: SFTArguments, training: SFTConfig, model_args: ModelConfig, scrat
     train_rows = encode_pairs(_first(data["sft"], args.max_train_rows), dialogue, max_length, what="sft")
     eval_rows = encode_pairs(_first(data["eval"], args.max_eval_rows), dialogue, max_length, what="eval")
     _show_sample(train_rows[0], tokenizer)
-    _check_wandb(training)
+    if "wandb" in (training.report_to or ()):
+        check_wandb()
 
     output = Path(str(training.output_dir))
     trainer = SFTTrainer(
@@ -124,20 +125,6 @@ def _check(args: SFTArguments, training: SFTConfig, model_args: ModelConfig) -> 
     if args.early_stopping_patience is not None and not training.load_best_model_at_end:
         raise ConfigError("`early_stopping_patience` needs `load_best_model_at_end: true`.")
     prepare_cpu_deepspeed(training)
-
-
-def _check_wandb(training: SFTConfig) -> None:
-    """Say before training that W&B has no key; its own error is a traceback."""
-    if "wandb" not in (training.report_to or ()) or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
-        return
-    import wandb
-
-    way_out = "Run `wandb login`, set WANDB_MODE=offline, or pass `--report_to none`."
-    try:
-        if not wandb.login(prompt=False):
-            raise ConfigError(f"W&B has no API key. {way_out}")
-    except wandb.Error as error:
-        raise ConfigError(f"W&B does not let us in: {error} {way_out}") from error
 
 
 def _load(

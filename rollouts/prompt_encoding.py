@@ -3,7 +3,7 @@
 As A1111 does it: the prompt's tokens are cut into chunks of 75 (at the last comma, if it is near), every chunk goes
 through the text encoder by itself, the embeddings are multiplied by the weights of their tokens and scaled back to
 their mean, and stand one behind the other. The negative prompt gets as many chunks. A short prompt without weights is
-encoded exactly as diffusers itself does.
+encoded exactly as diffusers itself does; SDXL gets zeros for an empty negative prompt, as in both.
 
 Differs from A1111: the mean is restored per prompt. A1111 does it over the batch, so that its pictures depend on what
 else is drawn at the same time.
@@ -84,7 +84,12 @@ def encode_prompts(
     embeddings = torch.cat(_equally_long(parts), -1)[rows]
     if second is None or pooled is None:
         return PromptEmbeddings(embeddings[:n], embeddings[n:], None, None)
-    return PromptEmbeddings(embeddings[:n], embeddings[n:], pooled[rows][:n], pooled[rows][n:])
+    negative, negative_pooled = embeddings[n:], pooled[rows][n:]
+    if pipeline.config.force_zeros_for_empty_prompt:
+        for row, text in enumerate(negative_prompts):
+            if not text:
+                negative[row], negative_pooled[row] = 0, 0
+    return PromptEmbeddings(embeddings[:n], negative, pooled[rows][:n], negative_pooled)
 
 
 def chunks_of(sections: Sequence[Sequence[Weighted]], tokenizer: Any) -> list[Chunk]:

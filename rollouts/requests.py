@@ -146,6 +146,14 @@ class BatchKey(NamedTuple):
     clip_skip: int
 
 
+class Batch(NamedTuple):
+    """Jobs that one call of a pipeline draws."""
+
+    key: BatchKey
+    jobs: tuple[int, ...]
+    """Indices into the rollout's jobs."""
+
+
 class RenderJob(NamedTuple):
     """A request, resolved.
 
@@ -175,6 +183,10 @@ class RenderResult:
     """Its share of the time its batch took to draw, loading left out."""
     scores: dict[str, float] = field(default_factory=dict)
     """By scorer, if the worker scores what it draws."""
+    pixels: str = ""
+    """SHA-256 of the picture's pixels, if the worker stores what it draws; `image` is then None."""
+    file_bytes: int | None = None
+    """Size of the picture's file, likewise; None: it was not kept, or there was no room for it."""
 
 
 class Spent(NamedTuple):
@@ -183,6 +195,7 @@ class Spent(NamedTuple):
     loads: int = 0
     """Checkpoints read from disk."""
     loaded_bytes: int = 0
+    """Of their files."""
     load_seconds: float = 0.0
     """How long drawing waited for checkpoints; one that was prefetched costs less than its reading took."""
     lora_loads: int = 0
@@ -190,6 +203,15 @@ class Spent(NamedTuple):
     batches: int = 0
     images: int = 0
     draw_seconds: float = 0.0
+    """With reading the prompts."""
+    read_seconds: float = 0.0
+    """How long reading weights took, waited for or in the background."""
+    build_seconds: float = 0.0
+    """Of `load_seconds`, how long pipelines were built from weights in memory."""
+
+    def plus(self, other: "Spent") -> "Spent":
+        """Both together."""
+        return Spent(*(a + b for a, b in zip(self, other, strict=True)))
 
     def minus(self, earlier: "Spent") -> "Spent":
         """What was spent since."""
@@ -250,6 +272,7 @@ def _key(
         "checkpoint": [file.sha256.lower() for file in entries[0].files],
         "lora": [file.sha256.lower() for file in entries[1].files] if len(entries) == 2 else None,
         "prompt": prompt,
+        "prompt_as_asked": request.prompt,  # scores are of this one
         "negative_prompt": request.negative_prompt,
         "seed": request.seed,
         "settings": settings.fingerprint(),

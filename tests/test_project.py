@@ -63,7 +63,12 @@ class Without:  # as if they were not installed
         return getattr(self.finder, name)
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 for name in {modules()!r}:
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # What draws is imported by rollouts.workers alone, which says what to install.
+        draws = name in {{"rollouts.loras", "rollouts.pipelines", "rollouts.rendering", "pocket.untrained"}}
+        assert "t2i-align[" in str(error) or (draws and error.name == "diffusers"), (name, error)
 assert not hidden & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY)
@@ -105,10 +110,14 @@ def config_classes(path):
     from align.sft import SFTArguments
     from rewards.score import ScoreConfig
     from rewards.serve import RewardServiceConfig
+    from rollouts.plan import PlanConfig
+    from rollouts.run import RunConfig
 
     commands = {
         "rewards.score": (ScoreConfig,),
         "rewards.serve": (RewardServiceConfig,),
+        "rollouts.run": (RunConfig,),
+        "rollouts.plan": (PlanConfig,),
         "align/sft.py": (SFTArguments, SFTConfig, ModelConfig, ScratchConfig),
         "align.bench.dabench": (DABenchConfig,),
         "align.evaluation.hallucination": (HallucinationConfig,),
@@ -129,8 +138,12 @@ def test_config_file_is_read_by_its_command(path, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     # bf16 is refused where there is neither a GPU nor `use_cpu`; the key itself is what is tested here.
+    rollout = ["--calls", "c", "--catalog", "c", "--weights", "w", "--output", "o"]
     required = {"dabench.yaml": ["--source", "s", "--output", "o"], "score.yaml": ["--source", "s", "--output", "o"]}
-    flags = required.get(path.name, [] if path.name == "serve.yaml" else ["--dataset", "d", "--output_dir", "o"])
+    required |= {"run.yaml": rollout, "ray.yaml": rollout}
+    flags = required.get(
+        path.name, [] if path.name in ("serve.yaml", "plan.yaml") else ["--dataset", "d", "--output_dir", "o"]
+    )
     mapping = yaml.safe_load(path.read_text())
     flags += ["--bf16", "false"] if mapping.get("bf16") and not mapping.get("use_cpu") else []
     classes = config_classes(path)
