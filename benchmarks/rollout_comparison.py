@@ -22,10 +22,11 @@ from typing import Any
 from benchmarks.machine import machine
 from benchmarks.rollout_sides import calls_of, requests_of, settings_of
 from pocket.untrained import save_catalog
+from rollouts.baseline_planners import LruPlanner, NaivePlanner, batches_in_order
 from rollouts.catalog import Catalog
 from rollouts.costs import A100, CostModel
 from rollouts.model_sizes import model_sizes
-from rollouts.planning import LruPlanner, NaivePlanner, Planner, batches_in_order, make_batches
+from rollouts.planning import Planner, make_batches
 from rollouts.requests import RenderSettings, resolve
 from rollouts.simulation import Cluster, Prediction, simulate
 
@@ -99,11 +100,14 @@ def ray(args: argparse.Namespace, summary: dict[str, Any]) -> None:
 def simulator(args: argparse.Namespace, summary: dict[str, Any]) -> None:
     """Predicted beside measured, and models of real size on paper."""
     costs_file = args.folder.resolve() / "costs.json"
-    run_side("planned", args, seed=1, costs=str(costs_file))  # other calls: nothing is fitted to what is predicted
+    costs_file.unlink(missing_ok=True)
+    # Other calls than those that are predicted; before and after, since the machine is not always equally fast.
+    run_side("planned", args, seed=1, costs=str(costs_file))
     measured = {
         "planned": run_side("planned", args, seed=2),
         "small_cache": run_side("planned", args, seed=2, capacity=1),
     }
+    run_side("planned", args, seed=3, costs=str(costs_file))
     costs = CostModel.load(costs_file)
     for name, capacity in (("planned", CAPACITY), ("small_cache", 1)):
         catalog = Catalog.load(Path(job_of(args)["folder"]) / "catalog.jsonl")

@@ -125,8 +125,12 @@ def planned(job: dict[str, Any], catalog: Catalog) -> Side:
     started = time.perf_counter()
     records = list(run_pool(pool, job, catalog, requests))
     side = _side(len(requests), started, sum(spent.loads for _, spent in records))
-    if "costs" in job:
-        CostModel.fit(records, model_sizes(catalog, catalog, job["folder"])).save(job["costs"])
+    if "costs" in job:  # go on with those of an earlier run
+        costs = CostModel.load(job["costs"]) if Path(job["costs"]).is_file() else CostModel(CPU)
+        sizes = model_sizes(catalog, catalog, job["folder"])
+        for batch, spent in records:
+            costs.observe(batch, spent, sizes[batch.key.checkpoint])
+        costs.save(job["costs"])
     return side
 
 
@@ -166,20 +170,23 @@ def memory(job: dict[str, Any], catalog: Catalog) -> dict[str, Any]:
 
 
 def ray_workers(job: dict[str, Any], catalog: Catalog) -> dict[str, float]:
-    """Pictures per second of one worker and of two, without the time they take to start."""
+    """Pictures per second of one worker and of two, the better of two runs each; starting them is not counted."""
     from rollouts.ray_pool import RayOptions, RayPool
 
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    rates = {}
-    requests = requests_of(calls_of(catalog, job["calls"], job["seed"]), job["k"])
-    for workers in (1, 2):
+    rates = {"1": 0.0, "2": 0.0}
+    # 20 steps, as people use: with the toys' 4, the process that hands out the work would be a third worker.
+    calls = [call.model_copy(update={"sampling_steps": 20}) for call in calls_of(catalog, job["calls"], job["seed"])]
+    requests = requests_of(calls, job["k"])
+    for workers in (1, 2, 1, 2):
         with RayPool(spec_of(job, catalog), RayOptions(num_workers=workers)) as pool:
             list(run_pool(pool, job, catalog, requests[: 16 * job["k"]]))  # until all are there and warm
             while len(pool.pids) < workers:
                 list(run_pool(pool, job, catalog, requests[: job["k"]]))
             started = time.perf_counter()
             list(run_pool(pool, job, catalog, requests))
-            rates[str(workers)] = len(requests) / (time.perf_counter() - started)
+            rate = len(requests) / (time.perf_counter() - started)
+            rates[str(workers)] = max(rates[str(workers)], rate)
     return rates
 
 

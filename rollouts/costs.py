@@ -168,7 +168,7 @@ class CostModel:
             raise ValueError(f"`half_life` must be above 0, or none, but is {self.half_life}.")
 
     def draw_line(self, base_model: str) -> Line:
-        """A batch of a base model, per megapixel-step.
+        """A batch of a base model, scored and stored, per megapixel-step.
 
         One that was never drawn is assumed to differ from its prior by as much as the ones that were.
         """
@@ -222,7 +222,8 @@ class CostModel:
         if spent.draw_seconds > 0:
             images = spent.images or len(batch.jobs)
             sums = self._draw.setdefault(batch.key.base_model, Sums())
-            sums.add(spent.batches or 1, megapixel_steps(batch.key, images), spent.draw_seconds, decay)
+            seconds = spent.draw_seconds + spent.after_seconds  # a worker does one after the other
+            sums.add(spent.batches or 1, megapixel_steps(batch.key, images), seconds, decay)
         if spent.loads:
             waited = spent.load_seconds - spent.build_seconds
             self._read.add(spent.loads, spent.loaded_bytes / GB, spent.read_seconds or max(0.0, waited), decay)

@@ -22,11 +22,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from rewards.commandline import ConfigError, run_command, save_config
 from rewards.files import write_atomically
+from rollouts.baseline_planners import LruPlanner, NaivePlanner, batches_in_order
 from rollouts.calls_table import CallsError, ask, read_calls, unique_jobs
 from rollouts.catalog import Catalog, CatalogError
 from rollouts.costs import GB, PRIORS, CostError, CostModel
 from rollouts.model_sizes import model_sizes
-from rollouts.planning import LruPlanner, NaivePlanner, Planner, batches_in_order, make_batches
+from rollouts.planning import Planner, make_batches
 from rollouts.requests import Batch, RenderSettings
 from rollouts.simulation import Cluster, PlannerLike, simulate
 from rollouts.workload import Synthetic, Workload

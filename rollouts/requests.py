@@ -208,6 +208,8 @@ class Spent(NamedTuple):
     """How long reading weights took, waited for or in the background."""
     build_seconds: float = 0.0
     """Of `load_seconds`, how long pipelines were built from weights in memory."""
+    after_seconds: float = 0.0
+    """Scoring and storing what was drawn, while the worker draws nothing else."""
 
     def plus(self, other: "Spent") -> "Spent":
         """Both together."""

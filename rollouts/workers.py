@@ -169,9 +169,10 @@ class Worker:
         results = score_results(self.scorers, results, requests)
         score_seconds = time.perf_counter() - started
         results = store_results(self.spec, jobs, requests, results)
+        after = Spent(after_seconds=time.perf_counter() - started)
         return WorkReport(
             results,
-            self.renderer.spent.minus(before),
+            self.renderer.spent.minus(before).plus(after),
             frozenset(self.renderer.cached()),
             memory_in_use(),
             score_seconds,

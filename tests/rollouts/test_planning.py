@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rollouts.baseline_planners import batches_in_order
 from rollouts.costs import CostModel, Line, Priors
-from rollouts.planning import LruPlanner, NaivePlanner, Planner, batches_in_order, make_batches
+from rollouts.planning import Planner, make_batches
 from rollouts.requests import Batch, BatchKey, Spent
 from rollouts.workload import Synthetic
 
@@ -48,9 +49,6 @@ def test_equal_keys_are_drawn_together_wherever_they_stand():
     assert [(batch.key, batch.jobs) for batch in found] == [
         (key("a"), (0, 2)), (key("a"), (4, 6, 7)), (key("b"), (1, 5)), (key("a", steps=30), (3,)),
     ]  # fmt: skip
-    in_order = batches_in_order(keys, 3)
-    assert [batch.jobs for batch in in_order] == [(0,), (1,), (2,), (3,), (4,), (5,), (6, 7)]
-    assert [batch.jobs for batch in batches_in_order([key("a")] * 5)] == [(0, 1, 2, 3, 4)]
     with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
         make_batches(keys, 0)
 
@@ -207,20 +205,6 @@ def test_what_is_left_is_estimated_with_what_was_learned():
     assert planner.remaining_seconds == pytest.approx(5 * 20.0 + 0.25)
     planner.put_back(first)
     assert planner.remaining_seconds == pytest.approx(6 * 20.0 + 2 * 0.25)
-
-
-@pytest.mark.parametrize("kind", [NaivePlanner, LruPlanner])
-def test_the_peers_keep_the_tables_order(kind):
-    keys = [key("a")] * 4 + [key("b")] * 2 + [key("a")] * 2
-    planner = kind(batches_in_order(keys, 2))
-    assert planner.remaining == 4 and planner.upcoming(0) is None
-    first = planner.next(0)
-    assert first.jobs == (0, 1)
-    assert planner.next(1).jobs == (4, 5)  # a call stays with its worker
-    planner.forget(0)
-    planner.put_back(first)
-    assert [batch.jobs for batch in drain(planner, 2)] == [(0, 1), (2, 3), (6, 7)]
-    assert planner.remaining == 0 and planner.done == 4
 
 
 @st.composite

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rollouts.baseline_planners import LruPlanner, NaivePlanner, batches_in_order
 from rollouts.costs import CostModel, Line, Priors
-from rollouts.planning import LruPlanner, NaivePlanner, Planner, batches_in_order
+from rollouts.planning import Planner
 from rollouts.requests import Batch, BatchKey, Spent
 from rollouts.simulation import Cluster, simulate
 
