@@ -7,13 +7,14 @@ A row may instead have a single `call` of its own. JSON Lines or Parquet.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rollouts.api import APICall, APICallError
 from rollouts.catalog import Catalog
+from rollouts.numbered_rows import read_rows
 from rollouts.requests import RenderError, RenderFailure, RenderJob, RenderRequest, RenderSettings, resolve
 
 
@@ -70,9 +71,8 @@ def read_calls(path: str | Path) -> list[PromptCalls]:
     path = Path(path)
     if not path.is_file():
         raise CallsError(f"There is no table of calls at {path}.")
-    rows = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
     prompts: dict[str, PromptCalls] = {}
-    for number, row in rows:
+    for number, row in read_rows(path, CallsError):
         prompt = _prompt_calls(f"{path}, row {number}", row)
         if prompt.prompt_id in prompts:
             raise CallsError(f"{path}, row {number}: `prompt_id` {prompt.prompt_id!r} stands more than once.")
@@ -162,25 +162,3 @@ def _candidate(where: str, entry: Any) -> Candidate:
     if not isinstance(response, str):
         response = json.dumps(call, ensure_ascii=False) if call is not None else ""
     return Candidate(response, call, str(entry.get("origin") or "given"), error)
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line.decode())
-            except (ValueError, RecursionError) as error:
-                raise CallsError(f"{path}, row {number}: not JSON ({error}).") from error
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        rows = pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise CallsError(f"{path} is not a Parquet file ({error}).") from error
-    yield from enumerate(rows, start=1)

@@ -24,6 +24,7 @@ from rollouts.api import (
     Reason,
 )
 from rollouts.names import name_problem
+from rollouts.numbered_rows import read_rows
 
 
 class CatalogError(ValueError):
@@ -251,11 +252,10 @@ class Catalog(Mapping[str, CatalogEntry]):
         path = Path(path)
         if not path.is_file():
             raise CatalogError(f"There is no catalogue file at {path}.")
-        rows = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
         entries = []
-        for number, row in rows:
+        for number, row in read_rows(path, CatalogError):
             try:
-                entries.append(CatalogEntry.model_validate(row))
+                entries.append(CatalogEntry.model_validate(_parse_nested(f"{path}, row {number}", row)))
             except ValidationError as error:
                 first = error.errors(include_url=False)[0]
                 field = ".".join(map(str, first["loc"])) or "entry"
@@ -286,29 +286,12 @@ class Catalog(Mapping[str, CatalogEntry]):
             raise CatalogError(f"A catalogue is saved as .jsonl or .parquet, but got {path}.")
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    # Read as bytes, so that a row that is not UTF-8 is found out where its number is known.
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+def _parse_nested(where: str, row: Any) -> Any:
+    """A row whose `stats` and `license` are JSON text, as in Parquet, with their values."""
+    for key in ("stats", "license"):
+        if isinstance(row, dict) and isinstance(row.get(key), str):
             try:
-                yield number, json.loads(line.decode())
-            except (ValueError, RecursionError) as error:
-                raise CatalogError(f"{path}, row {number}: not JSON ({error})") from error
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise CatalogError(f"{path}: not a Parquet file ({error})") from error
-    for number, row in enumerate(table.to_pylist(), start=1):
-        for key in ("stats", "license"):
-            if isinstance(row.get(key), str):
-                try:
-                    row[key] = json.loads(row[key])
-                except ValueError as error:
-                    raise CatalogError(f"{path}, row {number}, `{key}`: not JSON ({error})") from error
-        yield number, row
+                row[key] = json.loads(row[key])
+            except ValueError as error:
+                raise CatalogError(f"{where}, `{key}`: not JSON ({error})") from error
+    return row

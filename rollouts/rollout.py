@@ -175,12 +175,12 @@ class Rollout:
         if log is not None:
             log(self.progress.numbers())
 
-    def write(self, output: str | Path, *, unified: str | Path | None = None) -> dict[str, Any]:
+    def write(self, output: str | Path, *, metric: UnifiedMetric | None = None) -> dict[str, Any]:
         """Write the tables into a folder and return the summary.
 
         Args:
             output: Folder.
-            unified: Saved metric for the reward; None: fitted on this rollout, and saved beside the table.
+            metric: For the reward; None: fitted on this rollout. It is saved beside the table.
         """
         output = Path(output)
         scores = {
@@ -189,13 +189,14 @@ class Rollout:
         }
         stored = self.store.get_many(self.keys, metadata=False)
         failures = {key: row.failure for key, row in stored.items() if row.failure is not None}
-        metric = UnifiedMetric.load(unified) if unified else fit_on(self.asked, scores, f"rollout {output}")
+        metric = metric or fit_on(self.asked, scores, f"rollout {output}")
         if metric is not None:
             metric.save(output / "unified.json")
         images = {key: row.uri for key, row in stored.items() if row.uri is not None}
         rows = scored_rows(self.prompts, self.asked, scores=scores, images=images, failures=failures, metric=metric)
         write_scored(output / SCORED_FILE, rows, list(scores))
-        self.costs.save(output / "costs.json")
+        if self.costs.observed:  # else those of an earlier process are better
+            self.costs.save(output / "costs.json")
         summary = self._summary(rows, stored, failures)
         write_atomically(output / SUMMARY_FILE, json.dumps(summary, indent=2).encode())
         return summary
@@ -313,6 +314,8 @@ class _BestOf:
                 self.rows_of.setdefault(job.key, set()).add(entry.row)
                 if job.key in missing:
                     self.waiting.setdefault(entry.row, set()).add(job.key)
+        for row in self.entries.keys() - self.waiting.keys():  # a kill may have come before this
+            self._drop(row)
 
     def done(self, keys: Iterable[str]) -> None:
         """Pictures that are drawn and scored."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from rewards.commandline import ConfigError, run_command, save_config
 from rewards.tracking import wandb_run
-from rewards.unified import UnifiedMetricError
+from rewards.unified import UnifiedMetric, UnifiedMetricError
 from rollouts.calls_table import CallsError
 from rollouts.catalog import CatalogError
 from rollouts.requests import RenderSettings
@@ -159,6 +159,7 @@ class RunConfig:
 def main(config: RunConfig) -> dict[str, Any]:
     """Draw and score what the store lacks, write the tables, and return the summary."""
     output = Path(config.output)
+    metric = UnifiedMetric.load(config.unified) if config.unified else None
     rollout = Rollout(
         config.calls, config.catalog, config.settings(config.device_type()),
         store=config.store_path(), store_index=config.store_index, num_images=config.num_images,
@@ -171,7 +172,7 @@ def main(config: RunConfig) -> dict[str, Any]:
             about = {"name": config.run_name, "config": asdict(config), "job_type": "rollout"}
             with wandb_run(config.report_to, **about) as tracked, _make_pool(config) as pool:
                 rollout.run(pool, log=tracked.log if tracked else None)
-        summary = rollout.write(output, unified=config.unified)
+        summary = rollout.write(output, metric=metric)
     logger.info("%s", rollout.text(summary))
     if summary["failed_share"] > config.max_failed_share:
         logger.error("%.1f%% of the pictures failed, see %s.", 100 * summary["failed_share"], output / "summary.json")

@@ -52,7 +52,7 @@ def test_the_table_of_candidates(tmp_path):
 
 
 def test_a_row_with_a_call_of_its_own(tmp_path):
-    path = write(tmp_path, {"prompt": "a cat", "call": json.dumps(CALL)}, {"instruction": "a dog", "call": CALL}, "")
+    path = write(tmp_path, {"prompt": "a cat", "call": json.dumps(CALL)}, {"instruction": "a dog", "call": CALL})
     first, second = read_calls(path)
     assert first.candidates[0].call == second.candidates[0].call == CALL
     assert (first.prompt, second.prompt) == ("a cat", "a dog") and first.prompt_id != second.prompt_id

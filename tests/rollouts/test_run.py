@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rewards.unified import UnifiedMetricError
 from rollouts.run import RunConfig, main
 from rollouts.store import ImageStore
 from rollouts.store_errors import StoreError
@@ -163,7 +164,9 @@ def test_pictures_need_not_be_kept(options, brightness, keep, kept, tmp_path):
         if keep == "best":
             best = max(range(6), key=lambda i: sum(candidates[i]["scores"]["bright"]))
             assert [any(c["images"]) for c in row[:6]] == [i == best for i in range(6)]
+    costs = (tmp_path / "out" / "costs.json").read_bytes()
     assert run(options, scorers={"bright": brightness}, keep_images=keep)["drawn_now"] == 0
+    assert (tmp_path / "out" / "costs.json").read_bytes() == costs
     # They come back, the same, when they are wanted.
     summary = run(options, scorers={"bright": brightness}, keep_images="all")
     assert summary["drawn_now"] == 24 - kept
@@ -171,6 +174,19 @@ def test_pictures_need_not_be_kept(options, brightness, keep, kept, tmp_path):
     old = ImageStore(tmp_path / "reference" / "store")
     for row in old.everything():
         assert np.array_equal(np.asarray(store.load(row.key)), np.asarray(old.load(row.key)))
+
+
+def test_a_kill_before_the_others_are_dropped(options, brightness, tmp_path):
+    """All is drawn and scored, and every picture is still there."""
+    run(options, scorers={"bright": brightness})
+    assert run(options, scorers={"bright": brightness}, keep_images="best")["drawn_now"] == 0
+    assert len(list((tmp_path / "out" / "store" / "images").rglob("*.png"))) == 4
+
+
+def test_a_metric_that_is_not_there_is_said_before_anything_is_drawn(options, brightness, tmp_path):
+    with pytest.raises(UnifiedMetricError, match="Can't read"):
+        run(options, scorers={"bright": brightness}, unified=str(tmp_path / "none.json"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_picture_that_cannot_be_scored(options, brightness, tmp_path):
