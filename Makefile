@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export WANDB_MODE ?= offline
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint bench parity clean
+.PHONY: demo test lint bench parity pocket clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("t2i-align needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
@@ -61,6 +61,10 @@ bench: $(VENV)/.installed
 #   make parity ARGS="--hps_v2 HPS_v2.1_compressed.pt --image_reward ImageReward.pt"
 parity: $(VENV)/.test-models .venv-official/.installed
 	$(BIN)/python benchmarks/rewards.py --json $(ARGS)
+
+# Every weight of the pocket world from nothing: hours on one core; killed, the same command goes on. Then what is shipped.
+pocket: $(VENV)/.installed
+	$(BIN)/python -m pocket.train --output runs/pocket --publish pocket/weights
 
 clean:
 	rm -rf $(VENV) .venv-official runs build dist *.egg-info .pytest_cache .ruff_cache

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "scorer.json"
 WEIGHTS_FILE = "model.safetensors"
+OPEN_CLIP_WEIGHTS_FILE = "open_clip_model.safetensors"
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _HUB_FILE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./-]+))?@(?P<revision>[\w./-]+)")
 
@@ -76,8 +77,8 @@ def find_checkpoint(source: str | Path, *, folder_of: str | None = None) -> Chec
     """Weights at a local path, or on the Hub as `org/repo/file@revision` (`org/repo@revision` for a folder).
 
     Args:
-        source: A file, a folder written by `python -m rewards.convert`, a folder for a library, or a Hub id. On the
-            Hub the revision is required; `main` is taken with a warning that names the commit.
+        source: A file, a folder written by `python -m rewards.convert` or by open_clip, a folder for a library, or a
+            Hub id. On the Hub the revision is required; `main` is taken with a warning that names the commit.
         folder_of: Name of a library that reads whole folders (transformers); otherwise the folder's weight file is
             meant.
 
@@ -87,9 +88,10 @@ def find_checkpoint(source: str | Path, *, folder_of: str | None = None) -> Chec
     path = Path(source)
     if path.exists():
         if path.is_dir() and folder_of is None:
-            if not (path / WEIGHTS_FILE).is_file():
+            names = [name for name in (WEIGHTS_FILE, OPEN_CLIP_WEIGHTS_FILE) if (path / name).is_file()]
+            if not names:
                 raise CheckpointError(f"{path} has no {WEIGHTS_FILE}; give the weight file itself.")
-            path = path / WEIGHTS_FILE
+            path = path / names[0]
         return Checkpoint(path, str(source))
     match = _HUB_FILE.fullmatch(str(source))
     if match is None:
@@ -140,8 +142,9 @@ def load_state_dict(path: str | Path) -> "dict[str, torch.Tensor]":
 def load_strictly(model: "nn.Module", state: "Mapping[str, torch.Tensor]", where: str | Path) -> None:
     """Give a model its weights; names and shapes must agree exactly.
 
-    The tensors are taken over as they are, not copied, so a model built without memory (`accelerate`'s
-    `init_empty_weights`) gets its first weights here.
+    The tensors are taken over, not copied, so a model built without memory (`accelerate`'s `init_empty_weights`) gets
+    its first weights here. Only those of another precision than the model's, such as weights saved in float16, are
+    converted.
 
     Raises:
         CheckpointError: Lists keys that are missing, left over or of another shape.
@@ -164,7 +167,11 @@ def load_strictly(model: "nn.Module", state: "Mapping[str, torch.Tensor]", where
             f"{where} does not fit the model; keys {'; '.join(parts)}. Is `config` that of this checkpoint?",
             missing, unexpected, mismatched,
         )  # fmt: skip
-    model.load_state_dict(state, strict=True, assign=True)
+    # `assign` would give the model the precision of the file, and a mixture of both fails in the middle of a model
+    converted = {
+        name: value.to(expected[name].dtype) if value.is_floating_point() else value for name, value in state.items()
+    }
+    model.load_state_dict(converted, strict=True, assign=True)
 
 
 def read_config(config: Mapping[str, Any] | str | Path | None, default: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """CLIP score, https://arxiv.org/abs/2104.08718 (DiffAgent Eq. 2), with any open_clip model."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image
@@ -31,8 +32,13 @@ class CLIPScore(OpenClipScorer):
         super().__init__(towers, **common)
         self.weight, self.prefix, self.mean, self.std = weight, prefix, mean, std
 
+    @classmethod
+    def read_preprocessing(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Mean and standard deviation of the channels, if the configuration says them."""
+        return {name: tuple(settings[name]) for name in ("mean", "std") if settings.get(name)}
+
     def tokenize(self, prompt: str) -> list[int]:
-        """CLIP's byte-pair ids of the prefix and the prompt."""
+        """Byte-pair ids of the prefix and the prompt."""
         return super().tokenize(self.prefix + prompt)
 
     def preprocess(self, image: Image.Image) -> Tensor:
@@ -53,19 +59,21 @@ def load(
     """Load the CLIP score: see `rewards.load_scorer`.
 
     Args:
-        checkpoint: Weights with open_clip's keys: local file, converted folder or Hub file; OpenAI's ViT-B/32 by
-            default.
+        checkpoint: Weights with open_clip's keys: local file, folder written by `rewards.convert` or by open_clip, or
+            Hub file; OpenAI's ViT-B/32 by default.
         config: Name of an open_clip architecture, its configuration (its "preprocess_cfg" gives mean and std), or a
-            JSON file of it; ViT-B-32-quickgelu by default, since OpenAI's weights need that activation.
-        tokenizer: Must be left out: CLIP's comes with open_clip.
+            JSON file of it; by default what lies beside the weights, or else ViT-B-32-quickgelu, since OpenAI's weights
+            need that activation.
+        tokenizer: File of byte-pair merges in open_clip's format (.txt.gz); by default merges.txt.gz beside weights
+            that have their configuration there, or else CLIP's own.
         device, dtype: See `rewards.load_scorer`.
         weight: w of Eq. 2.
         prefix: Put before every prompt.
         batch_size, num_workers, long_prompts, progress: See `ScoringOptions`.
 
     Raises:
-        ValueError: An option out of range.
-        CheckpointError: Weights that don't fit.
+        ValueError: An option out of range, or a tokenizer that is no such file.
+        CheckpointError: Weights or a vocabulary that don't fit.
     """
     options = ScoringOptions(batch_size, num_workers, long_prompts, progress)
     return load_open_clip_scorer(

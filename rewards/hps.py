@@ -62,16 +62,18 @@ def load(
     """Load HPS v2: see `rewards.load_scorer`.
 
     Args:
-        checkpoint: Official .pt file, a converted folder, or a Hub file; by default the official one of `version`.
-        config: open_clip model configuration; ViT-H-14 by default.
-        tokenizer: Must be left out: CLIP's comes with open_clip.
+        checkpoint: Official .pt file, a folder written by `rewards.convert` or by open_clip, or a Hub file; by default
+            the official one of `version`.
+        config: open_clip model configuration; by default what lies beside the weights, or else ViT-H-14.
+        tokenizer: File of byte-pair merges in open_clip's format (.txt.gz); by default merges.txt.gz beside weights
+            that have their configuration there, or else CLIP's own.
         device, dtype: See `rewards.load_scorer`.
         version: `v2.1` or `v2.0`, if no checkpoint is given.
         batch_size, num_workers, long_prompts, progress: See `ScoringOptions`.
 
     Raises:
-        ValueError: Unknown version or an option out of range.
-        CheckpointError: Weights that don't fit.
+        ValueError: Unknown version, an option out of range, or a tokenizer that is no such file.
+        CheckpointError: Weights or a vocabulary that don't fit.
     """
     if version not in OFFICIAL:
         raise ValueError(f"`version` must be one of {', '.join(OFFICIAL)}, but got {version!r}.")

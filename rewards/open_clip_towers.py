@@ -1,9 +1,10 @@
 """The two towers of an open_clip model, as scorers use them."""
 
 import logging
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,12 @@ from rewards.two_towers import TwoTowerScorer, pad_token_ids
 
 if TYPE_CHECKING:
     import open_clip
+    from open_clip.tokenizer import SimpleTokenizer
 
+CONFIG_FILE = "open_clip_config.json"
+"""What open_clip writes beside weights."""
+MERGES_FILE = "merges.txt.gz"
+"""A byte-pair vocabulary other than CLIP's, in the format of open_clip's bpe_simple_vocab_16e6.txt.gz."""
 MAX_WORD = 1_000
 """Characters of one word that are tokenized. CLIP's tokenizer takes time quadratic in a word's length, and 75 tokens
 never reach this far."""
@@ -24,18 +30,19 @@ class OpenClipTowers:
     """An open_clip model in evaluation mode with its tokenizer.
 
     Attributes:
-        model: The model; its text tower must be CLIP's own (causal, with CLIP's tokenizer).
+        model: The model; its text tower must be CLIP's own (causal, with a byte-pair tokenizer).
+        tokenizer: open_clip's, with CLIP's merges or others.
         max_tokens: Tokens of a prompt that fit, without start and end: 75 for context length 77.
         image_size: Side of the square images it takes, in pixels.
     """
 
-    def __init__(self, model: "open_clip.CLIP", *, device: torch.device, dtype: torch.dtype):
-        from open_clip.tokenizer import SimpleTokenizer
-
+    def __init__(
+        self, model: "open_clip.CLIP", *, device: torch.device, dtype: torch.dtype, merges: Path | None = None
+    ):
+        self.tokenizer = load_tokenizer(merges, model)
         self.model = lower_precision(model.eval().requires_grad_(False), dtype).to(device)
         self.causal_mask = cast(Tensor, self.model.attn_mask)
         self.device = device
-        self.tokenizer = SimpleTokenizer(context_length=model.context_length)
         self.max_tokens = model.context_length - 2
         side = model.visual.image_size
         self.image_size: int = side if isinstance(side, int) else side[0]
@@ -117,8 +124,13 @@ class OpenClipScorer(TwoTowerScorer):
         self.towers = towers
         self.max_tokens = towers.max_tokens
 
+    @classmethod
+    def read_preprocessing(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of this class that follow from a configuration's "preprocess_cfg"; by default none."""
+        return {}
+
     def tokenize(self, prompt: str) -> list[int]:
-        """CLIP's byte-pair ids."""
+        """Byte-pair ids, CLIP's or those of other merges."""
         return self.towers.tokenize(prompt)
 
     def embed_texts(self, pieces: list[tuple[int, ...]]) -> Tensor:
@@ -142,32 +154,103 @@ def load_open_clip_scorer(
     Args:
         cls: Called with the towers, what every `Scorer` takes, and `own`.
         checkpoint: Where the weights are.
-        config: open_clip configuration; if none, the one saved beside the weights, or else `default_config`.
+        config: See `find_architecture`.
         default_config: Name of an open_clip architecture.
-        tokenizer: Must be None; an argument of every scorer.
+        tokenizer: See `find_architecture`.
         device, dtype: See `rewards.load_scorer`.
         options: See `ScoringOptions`.
         own: Further arguments of `cls`.
 
     Raises:
-        ValueError: A tokenizer was given.
-        CheckpointError: Weights that don't fit.
+        ValueError: The tokenizer is no file of merges.
+        CheckpointError: Weights, or a vocabulary, that don't fit.
     """
-    if tokenizer is not None:
-        raise ValueError(f"{cls.name} always uses CLIP's own tokenizer; leave `tokenizer` out.")
+    found = find_architecture(checkpoint, config, default_config, tokenizer=tokenizer, name=cls.name)
     device, dtype = pick_device(device), pick_dtype(dtype)
-    if config is None:
-        config = checkpoint.settings.get("config", default_config)
-    towers = load_towers(checkpoint, config, device=device, dtype=dtype)
+    own = cls.read_preprocessing(found.preprocessing) | own
+    towers = load_towers(checkpoint, found.config, device=device, dtype=dtype, merges=found.merges)
     return cls(towers, device=device, dtype=dtype, checkpoint=checkpoint, options=options, **own)
 
 
+class Architecture(NamedTuple):
+    """How the weights of an open_clip model are to be used.
+
+    Attributes:
+        config: See `build_model`.
+        preprocessing: The configuration's "preprocess_cfg"; empty if it has none.
+        merges: File of byte-pair merges; None: CLIP's own.
+    """
+
+    config: Mapping[str, Any] | str | Path
+    preprocessing: Mapping[str, Any]
+    merges: Path | None
+
+
+def find_architecture(
+    checkpoint: Checkpoint, config: Mapping[str, Any] | str | Path | None, default: str, *, tokenizer: Any, name: str
+) -> Architecture:
+    """What a user asked for, or else what lies beside the weights.
+
+    Args:
+        checkpoint: Where the weights are.
+        config: See `build_model`; if None, that in scorer.json beside the weights, or open_clip_config.json there, or
+            else `default`.
+        default: Name of an open_clip architecture.
+        tokenizer: File of byte-pair merges (.txt.gz); if None, merges.txt.gz beside the weights, if the configuration
+            is from there too, or else CLIP's own.
+        name: Of the scorer, for errors.
+
+    Raises:
+        ValueError: The tokenizer is no file of merges.
+        CheckpointError: A configuration that can't be read.
+    """
+    beside = checkpoint.path.parent
+    merges = None if tokenizer is None else _merges_path(tokenizer, name)
+    if config is None:
+        saved = beside / CONFIG_FILE
+        config = checkpoint.settings.get("config") or (read_json(saved) if saved.is_file() else None)
+        if config is not None and merges is None and (beside / MERGES_FILE).is_file():
+            merges = beside / MERGES_FILE
+    config = default if config is None else config
+    if not isinstance(config, Mapping) and Path(config).suffix == ".json":
+        config = read_json(config)
+    preprocessing = config.get("preprocess_cfg", {}) if isinstance(config, Mapping) else {}
+    return Architecture(config, preprocessing, merges)
+
+
+def load_tokenizer(merges: Path | None, model: "open_clip.CLIP") -> "SimpleTokenizer":
+    """open_clip's tokenizer for a model.
+
+    Args:
+        merges: File of byte-pair merges; None: CLIP's own.
+        model: What has to fit.
+
+    Raises:
+        CheckpointError: Not such a file, or the model has another number of tokens.
+    """
+    from open_clip.tokenizer import SimpleTokenizer, default_bpe
+
+    try:
+        path = default_bpe() if merges is None else str(merges)
+        tokenizer = SimpleTokenizer(path, context_length=model.context_length)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{merges} can't be read as gzipped byte-pair merges: {error}.") from error
+    if tokenizer.vocab_size != model.vocab_size:
+        source = "CLIP's own vocabulary" if merges is None else str(merges)
+        raise CheckpointError(
+            f"{source} has {tokenizer.vocab_size} tokens, but the model's text_cfg.vocab_size is {model.vocab_size}. "
+            f"Give the merges it was trained with as `tokenizer`, or put them beside the weights as {MERGES_FILE}."
+        )
+    return tokenizer
+
+
 def load_towers(
-    checkpoint: Checkpoint, config: Mapping[str, Any] | str | Path, *, device: torch.device, dtype: torch.dtype
-) -> OpenClipTowers:
-    """The towers of a checkpoint whose keys are those of open_clip's `CLIP`; see `build_model`."""
+    checkpoint: Checkpoint, config: Mapping[str, Any] | str | Path, *, device: torch.device, dtype: torch.dtype,
+    merges: Path | None = None,
+) -> OpenClipTowers:  # fmt: skip
+    """The towers of a checkpoint whose keys are those of open_clip's `CLIP`; see `build_model`, `load_tokenizer`."""
     model = build_model(config, load_state_dict(checkpoint.path), checkpoint.path)
-    return OpenClipTowers(model, device=device, dtype=dtype)
+    return OpenClipTowers(model, device=device, dtype=dtype, merges=merges)
 
 
 def build_model(
@@ -181,7 +264,7 @@ def build_model(
         where: Named in errors.
 
     Raises:
-        CheckpointError: Unknown architecture, another tokenizer than CLIP's, or keys that don't fit.
+        CheckpointError: Unknown architecture, another kind of tokenizer than CLIP's, or keys that don't fit.
     """
     from accelerate import init_empty_weights
 
@@ -229,3 +312,14 @@ def _build(config: dict[str, Any]) -> "open_clip.CLIP":
 def _model_part(config: Mapping[str, Any]) -> dict[str, Any]:
     """open_clip configurations on the Hub are wrapped in {"model_cfg": …, "preprocess_cfg": …}."""
     return dict(config.get("model_cfg", config))
+
+
+def _merges_path(tokenizer: Any, name: str) -> Path:
+    if not isinstance(tokenizer, str | Path) or not str(tokenizer).endswith(".txt.gz"):
+        raise ValueError(
+            f"`tokenizer` of {name} must be a file of byte-pair merges (.txt.gz), but got {tokenizer!r}; leave it out "
+            "for CLIP's own."
+        )
+    if not Path(tokenizer).is_file():
+        raise CheckpointError(f"`tokenizer`: there is no file {tokenizer}.")
+    return Path(tokenizer)

@@ -1,9 +1,10 @@
 """Prompts of any length and A1111's weights, as embeddings for diffusers' Stable Diffusion pipelines.
 
-As A1111 does it: the prompt's tokens are cut into chunks of 75 (at the last comma, if it is near), every chunk goes
-through the text encoder by itself, the embeddings are multiplied by the weights of their tokens and scaled back to
-their mean, and stand one behind the other. The negative prompt gets as many chunks. A short prompt without weights is
-encoded exactly as diffusers itself does; SDXL gets zeros for an empty negative prompt, as in both.
+As A1111 does it: the prompt's tokens are cut into chunks of 75 (what the text encoder takes beside start and end; at
+the last comma, if it is near), every chunk goes through the text encoder by itself, the embeddings are multiplied by
+the weights of their tokens and scaled back to their mean, and stand one behind the other. The negative prompt gets as many
+chunks. A short prompt without weights is encoded exactly as diffusers itself does; SDXL gets zeros for an empty
+negative prompt, as in both.
 
 Differs from A1111: the mean is restored per prompt. A1111 does it over the batch, so that its pictures depend on what
 else is drawn at the same time.
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from rollouts.prompt_attention import Weighted, parse_attention
 
-CHUNK = 75
 NEAR_COMMA = 20
 """A full chunk is cut at its last comma if at most this many tokens follow it (A1111's default)."""
 
@@ -93,7 +93,8 @@ def encode_prompts(
 
 
 def chunks_of(sections: Sequence[Sequence[Weighted]], tokenizer: Any) -> list[Chunk]:
-    """Cut the tokens of a parsed prompt into chunks of at most 75; a new section begins a new chunk."""
+    """Cut the tokens of a parsed prompt into chunks of at most 75 (CLIP's); a new section begins a new chunk."""
+    longest = chunk_length(tokenizer)
     comma = tokenizer.convert_tokens_to_ids(",</w>")
     chunks: list[Chunk] = []
     for section in sections:
@@ -104,7 +105,7 @@ def chunks_of(sections: Sequence[Sequence[Weighted]], tokenizer: Any) -> list[Ch
             weights += [piece.weight] * len(ids)
         start = 0
         while start < len(token_ids) or start == 0:
-            end = min(start + CHUNK, len(token_ids))
+            end = min(start + longest, len(token_ids))
             if end < len(token_ids) and token_ids[end] != comma:
                 commas = [i for i in range(max(start, end - NEAR_COMMA), end) if token_ids[i] == comma]
                 end = commas[-1] + 1 if commas else end
@@ -115,12 +116,18 @@ def chunks_of(sections: Sequence[Sequence[Weighted]], tokenizer: Any) -> list[Ch
     return chunks
 
 
+def chunk_length(tokenizer: Any) -> int:
+    """Tokens that a text encoder takes beside start and end: 75 for CLIP."""
+    return min(tokenizer.model_max_length, 77) - 2
+
+
 def _encode(
     chunks: Sequence[Chunk], tokenizer: Any, encoder: Any, clip_skip: int, *, xl: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Embeddings (prompts, 77, width) of one chunk of each prompt, weighted, and the pooled ones if there are any."""
     start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    rows = [[start, *chunk.token_ids, end] + [pad] * (CHUNK - len(chunk.token_ids)) for chunk in chunks]
+    longest = chunk_length(tokenizer)
+    rows = [[start, *chunk.token_ids, end] + [pad] * (longest - len(chunk.token_ids)) for chunk in chunks]
     token_ids = torch.tensor(rows, device=encoder.device)
     output = encoder(token_ids, output_hidden_states=True)
     layers = output.hidden_states

@@ -16,12 +16,12 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from PIL import Image
 
-from rollouts.api import APICall
+from rollouts.api import ARCHITECTURES, APICall
 from rollouts.catalog import Catalog, CatalogEntry
 from rollouts.schedulers import SamplerError, scheduler_spec
 from rollouts.weights import Reason as WeightsReason
 
-RENDERER_VERSION = 1
+RENDERER_VERSION = 2
 """Raised when the same job would give another picture; part of every key."""
 
 Reason = (
@@ -74,6 +74,8 @@ class RenderSettings:
         pad_batches: Always draw `batch_size` pictures at once (surplus ones are thrown away): a job's picture is then
             the same to the last bit whatever it is drawn together with. Otherwise it can differ by one grey level.
         resolution_scale: Pictures are drawn at this fraction of the call's size, rounded to multiples of 8 pixels.
+        native_side: Or, for small models: pixels that are drawn for the side an architecture was trained at (512 or
+            1024). With 64, a call of 512x768 for SD 1.5 is drawn as 64x96, and so is one of 1024x1536 for SDXL.
         vae_tiling: Decode large pictures in tiles, which needs less memory and leaves faint seams.
         compile_unet: torch.compile the denoiser; worth its minutes for many pictures of few models.
         trigger_words: What is added to a prompt that has none of its model's trigger words: `first`, `all` or `none`.
@@ -84,6 +86,7 @@ class RenderSettings:
     batch_size: int = 4
     pad_batches: bool = False
     resolution_scale: float = 1.0
+    native_side: int | None = None
     vae_tiling: bool = False
     compile_unet: bool = False
     trigger_words: Literal["first", "all", "none"] = "first"
@@ -95,17 +98,27 @@ class RenderSettings:
             raise ValueError(f"`batch_size` must be at least 1, but is {self.batch_size}.")
         if not 0 < self.resolution_scale <= 4:
             raise ValueError(f"`resolution_scale` must be above 0 and at most 4, but is {self.resolution_scale}.")
+        if self.native_side is not None and (self.native_side < 8 or self.resolution_scale != 1):
+            raise ValueError(
+                f"`native_side` must be at least 8 and stand without `resolution_scale`, but they are "
+                f"{self.native_side} and {self.resolution_scale}."
+            )
         if self.trigger_words not in ("first", "all", "none"):
             raise ValueError(f"`trigger_words` must be first, all or none, but is {self.trigger_words!r}.")
 
-    def scaled(self, side: int) -> int:
-        """Pixels drawn for a side of a call."""
-        return max(8, round(side * self.resolution_scale / 8) * 8)
+    def scaled(self, side: int, base_model: str) -> int:
+        """Pixels drawn for a side of a call of an architecture."""
+        scale = self.resolution_scale
+        if self.native_side is not None:
+            scale = self.native_side / ARCHITECTURES[base_model].default_side
+        return max(8, round(side * scale / 8) * 8)
 
     def fingerprint(self) -> dict[str, Any]:
         """What of these settings, of the code and of its libraries goes into every key."""
         own = asdict(self)
         del own["trigger_words"]  # its effect is in the prompt
+        if self.native_side is None:
+            del own["native_side"]
         if not self.pad_batches:
             del own["batch_size"]  # batches of any shape: the last bit is free
         return own | {"renderer": RENDERER_VERSION, "machine": platform.machine(), **_library_versions()}
@@ -240,8 +253,9 @@ def resolve(request: RenderRequest, catalog: Catalog, settings: RenderSettings) 
         raise RenderError("unknown_sampler", str(error)) from error
     weight = 1.0 if lora is None or lora.lora_weight is None else lora.lora_weight
     batch_key = BatchKey(
-        call.base_model, checkpoint.name, lora.name if lora else "", weight, sampler, settings.scaled(call.width),
-        settings.scaled(call.height), call.sampling_steps, float(call.cfg_scale), request.clip_skip,
+        call.base_model, checkpoint.name, lora.name if lora else "", weight, sampler,
+        settings.scaled(call.width, call.base_model), settings.scaled(call.height, call.base_model),
+        call.sampling_steps, float(call.cfg_scale), request.clip_skip,
     )  # fmt: skip
     prompt = with_trigger_words(request.prompt, entry.trigger_words, settings.trigger_words)
     return RenderJob(

@@ -73,6 +73,9 @@ class RunConfig:
         default=False, metadata={"help": "Always draw so many at once: pictures are reproducible to the last bit."}
     )
     resolution_scale: float = field(default=1.0, metadata={"help": "Draw at this fraction of the called size."})
+    native_side: int | None = field(
+        default=None, metadata={"help": "Or: pixels drawn for an architecture's own side, such as 64 for toy models."}
+    )
     vae_tiling: bool = field(default=False, metadata={"help": "Decode large pictures in tiles."})
     compile_unet: bool = field(default=False, metadata={"help": "torch.compile the denoiser."})
     trigger_words: str = field(default="first", metadata={"help": "What prompts lack of them: first, all or none."})
@@ -114,8 +117,8 @@ class RunConfig:
             dtype = "float32" if device_type == "cpu" else "bfloat16"
         return RenderSettings(
             dtype=dtype, device_type=device_type, batch_size=self.batch_size, pad_batches=self.pad_batches,
-            resolution_scale=self.resolution_scale, vae_tiling=self.vae_tiling, compile_unet=self.compile_unet,
-            trigger_words=self.trigger_words,  # ty: ignore[invalid-argument-type]
+            resolution_scale=self.resolution_scale, native_side=self.native_side, vae_tiling=self.vae_tiling,
+            compile_unet=self.compile_unet, trigger_words=self.trigger_words,  # ty: ignore[invalid-argument-type]
         )  # fmt: skip
 
     def worker_spec(self) -> WorkerSpec:

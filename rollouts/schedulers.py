@@ -132,7 +132,9 @@ _FAMILIES = {
         reason="If the number of steps divides 1,000; otherwise A1111 takes one step more.",
     ),
     "UniPC": _Family(
-        "UniPCMultistepScheduler", {"solver_order": 3, "solver_type": "bh1", "timestep_spacing": "linspace"},
+        "UniPCMultistepScheduler",
+        # down to zero, bh1 divides by nothing in the last step: NaN
+        {"solver_order": 3, "solver_type": "bh1", "timestep_spacing": "linspace", "final_sigmas_type": "sigma_min"},
         Deviation.SUBSTITUTE, "The same solver (bh1, order 3) on slightly other time steps.",
     ),
     "LCM": _Family(

@@ -89,7 +89,7 @@ class WeightFolder:
                 f"{path} --output {path.with_suffix('.safetensors')}",
                 "pickle",
             )
-        parts = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+        parts = weights_parts(path)
         if path.is_dir() and not (parts and (path / "model_index.json").is_file()):
             raise WeightsError(
                 f"{name}: {path} is no diffusers folder with safetensors weights (model_index.json).", "missing_file"
@@ -109,10 +109,29 @@ class WeightFolder:
             status = path.stat()
             key = (str(path), status.st_size, status.st_mtime_ns)
             if key not in self._digests:
-                with path.open("rb") as file:
-                    self._digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
+                self._digests[key] = _file_sha256(path)
             digests.append(self._digests[key])
-        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        return _combined(digests)
+
+
+def weights_parts(path: str | Path) -> list[Path]:
+    """The files of some weights: all safetensors files of a folder in the order of their paths, or the file itself."""
+    path = Path(path)
+    return sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+
+
+def weights_sha256(path: str | Path) -> str:
+    """SHA-256 of a file or folder of weights as catalogues have it: upper-case hex, see `WeightFolder`."""
+    return _combined([_file_sha256(part) for part in weights_parts(path)]).upper()
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _combined(digests: list[str]) -> str:
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def check_safetensors(path: Path, name: str) -> None:

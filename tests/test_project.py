@@ -67,7 +67,8 @@ for name in {modules()!r}:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
         # What draws is imported by rollouts.workers alone, which says what to install.
-        draws = name in {{"rollouts.loras", "rollouts.pipelines", "rollouts.rendering", "pocket.untrained"}}
+        draws = name in {{"rollouts.loras", "rollouts.pipelines", "rollouts.rendering"}}
+        draws = draws or name in {{"pocket.gallery", "pocket.untrained"}} or name.startswith("pocket.train.")
         assert "t2i-align[" in str(error) or (draws and error.name == "diffusers"), (name, error)
 assert not hidden & set(sys.modules)
 """

@@ -1,6 +1,7 @@
 """Prompts to evaluate on: DABench's own evaluation split, PartiPrompts, COCO captions (DiffAgent Sec. 4.1)."""
 
 import csv
+import json
 import random
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ def dabench_prompts(rows: Any, count: int | None, seed: int) -> PromptSet:
 
 
 def read_prompts(name: str, path: str | Path, count: int | None, seed: int) -> PromptSet:
-    """A `.tsv` or `.csv` with a column "Prompt", "caption" or "text", or a `.txt` with one prompt a line.
+    """A `.tsv`, `.csv` or `.jsonl` with a column "Prompt", "caption" or "text", or a `.txt` with one prompt a line.
 
     Args:
         name: Of the set.
@@ -54,6 +55,8 @@ def read_prompts(name: str, path: str | Path, count: int | None, seed: int) -> P
         prompts = [prompt.strip() for prompt in _read_column(path) if prompt and prompt.strip()]
     except (UnicodeDecodeError, csv.Error) as error:
         raise PromptFileError(f"{path} can't be read as UTF-8 text: {error}.") from error
+    except json.JSONDecodeError as error:
+        raise PromptFileError(f"{path} can't be read as JSON Lines: {error}.") from error
     if not prompts:
         raise PromptFileError(f"{path} holds no prompt.")
     if count is not None and count < len(prompts):
@@ -65,6 +68,8 @@ def _read_column(path: Path) -> list[str | None]:
     ending = path.suffix.lower()
     # "-sig": spreadsheets write a byte order mark, which would become part of the first column's name.
     with path.open(encoding="utf-8-sig", newline="") as file:
+        if ending == ".jsonl":
+            return [_prompt_of(json.loads(line), path) for line in file if line.strip()]
         if ending not in (".tsv", ".csv"):
             return list(file)
         # Quotes inside prompts are just characters in these files' TSV.
@@ -74,3 +79,11 @@ def _read_column(path: Path) -> list[str | None]:
         if column is None:
             raise PromptFileError(f"{path} has no column Prompt, caption or text, but {reader.fieldnames}.")
         return [row[column] for row in reader]
+
+
+def _prompt_of(row: Any, path: Path) -> str | None:
+    """The prompt of a line of a `.jsonl`."""
+    columns = [key for key in row if key.strip().lower() in _PROMPT_COLUMNS] if isinstance(row, dict) else []
+    if not columns or not isinstance(row[columns[0]], str | None):
+        raise PromptFileError(f"{path} has a line without a text Prompt, caption or text: {str(row)[:80]}.")
+    return row[columns[0]]

@@ -84,6 +84,22 @@ def test_every_key_that_does_not_fit_is_listed(state):
     assert torch.equal(model.weight, state["weight"])
 
 
+def test_weights_take_the_precision_of_the_model():
+    stored = {"weight": torch.full((2, 3), 1 / 3).half(), "bias": torch.ones(2, dtype=torch.bfloat16)}
+    model = nn.Linear(3, 2)
+    load_strictly(model, stored, "some.pt")
+    assert model.weight.dtype == model.bias.dtype == torch.float32
+    assert model.weight[0, 0].item() == 0.333251953125  # the float16 nearest to a third
+    assert stored["weight"].dtype == torch.float16
+
+
+def test_weights_of_the_right_precision_are_not_copied(state):
+    del state["steps"]
+    model = nn.Linear(3, 2)
+    load_strictly(model, state, "some.pt")
+    assert model.weight.data_ptr() == state["weight"].data_ptr()
+
+
 def test_a_long_list_of_keys_is_shortened_in_the_message_only():
     with pytest.raises(CheckpointError) as caught:
         load_strictly(nn.Linear(1, 1), {f"k{i}": torch.zeros(1) for i in range(200)}, "x")

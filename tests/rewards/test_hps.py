@@ -111,7 +111,7 @@ def test_a_picture_whose_short_side_vanishes_is_refused(hps):
 def test_options_that_make_no_sense_are_refused(tiny_clip):
     with pytest.raises(ValueError, match=r"`version` must be one of v2.0, v2.1, but got 'v3'"):
         load_scorer("hps_v2", checkpoint=tiny_clip, version="v3")
-    with pytest.raises(ValueError, match="leave `tokenizer` out"):
+    with pytest.raises(ValueError, match="`tokenizer` of hps_v2 must be a file of byte-pair merges"):
         load_scorer("hps_v2", checkpoint=tiny_clip, tokenizer="x")
     with pytest.raises(CheckpointError, match="does not fit the model; keys"):
         load_scorer("hps_v2", checkpoint=tiny_clip, config="ViT-B-32")

@@ -205,3 +205,21 @@ def test_the_vocabulary_beside_the_weights_is_found(
     (tmp_path / "vocab.txt").write_bytes((vocabulary / "vocab.txt").read_bytes())
     scorer = load_scorer("image_reward", checkpoint=tmp_path / "ImageReward.pt", config=tiny_blip_config, device="cpu")
     assert scorer(["a cat"], [make_picture()]) == image_reward(["a cat"], [make_picture()])
+
+
+def test_weights_saved_in_float16_score_as_themselves_in_float32(
+    tmp_path, tiny_blip, tiny_blip_config, vocabulary, pictures
+):
+    rounded = {
+        name: value.half() if value.is_floating_point() else value for name, value in torch.load(tiny_blip).items()
+    }
+    torch.save(rounded, tmp_path / "half.pt")
+    torch.save({name: value.float() if value.is_floating_point() else value for name, value in rounded.items()},
+               tmp_path / "full.pt")  # fmt: skip
+    half, full = (
+        load_scorer("image_reward", checkpoint=tmp_path / name, config=tiny_blip_config, tokenizer=vocabulary,
+                    device="cpu")
+        for name in ("half.pt", "full.pt")
+    )  # fmt: skip
+    assert torch.equal(half(PROMPTS, pictures), full(PROMPTS, pictures))
+    assert {value.dtype for value in half.model.parameters()} == {torch.float32}

@@ -1,5 +1,7 @@
 """Against diffusers' own encoding where it can do the same, and against A1111's rules done by hand where it can't."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -165,3 +167,18 @@ def test_what_does_not_fit_is_refused(sd):
     for wrong in (0, 4):
         with pytest.raises(ValueError, match=f"`clip_skip` must be from 1 to 3 for this text encoder, but got {wrong}"):
             encode_prompts(sd, ["a"], [""], clip_skip=wrong)
+
+
+def test_a_text_encoder_that_takes_fewer_tokens(sd):
+    """32 instead of 77: short prompts as diffusers encodes them, long ones in chunks of 30."""
+    tokenizer = copy.deepcopy(sd.tokenizer)
+    tokenizer.model_max_length = 32
+    pipeline = StableDiffusionPipeline(
+        vae=None, text_encoder=sd.text_encoder, tokenizer=tokenizer, unet=None, scheduler=None, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    expected, _ = pipeline.encode_prompt("a red fox", "cpu", 1, False)
+    assert torch.equal(encode_prompts(pipeline, ["a red fox"], [""]).prompt_embeds, expected)
+    words = " ".join(["fox"] * 31)
+    assert [len(chunk.token_ids) for chunk in chunks_of(parse_attention(words), tokenizer)] == [30, 1]
+    assert encode_prompts(pipeline, [words], [""]).prompt_embeds.shape[1] == 64

@@ -78,6 +78,22 @@ def test_pictures_can_be_drawn_smaller():
     assert (found.width, found.height) == (64, 96)  # 66.6 and 99.8, to the nearest multiple of 8
 
 
+def test_small_models_draw_their_own_size_for_each_architecture():
+    settings = RenderSettings(native_side=64)
+    assert (settings.scaled(512, "SD 1.5"), settings.scaled(768, "SD 1.5")) == (64, 96)
+    assert (settings.scaled(1024, "SDXL 1.0"), settings.scaled(1536, "SDXL 1.0")) == (64, 96)
+    found = job(width=512, height=768, settings=settings)
+    assert (found.batch_key.width, found.batch_key.height) == (64, 96)
+    # another setting, so another key; left alone it is not in the key at all
+    assert found.key != job(width=512, height=768, settings=RenderSettings(resolution_scale=0.125)).key
+    assert "native_side" not in RenderSettings().fingerprint()
+
+
+def test_two_scales_at_once_are_refused():
+    with pytest.raises(ValueError, match="`native_side` must be at least 8 and stand without `resolution_scale`"):
+        RenderSettings(native_side=64, resolution_scale=0.5)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -161,7 +177,14 @@ def test_a_model_without_a_file():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"dtype": "int8"}, {"batch_size": 0}, {"resolution_scale": 0}, {"resolution_scale": 5}, {"trigger_words": "some"}],
+    [
+        {"dtype": "int8"},
+        {"batch_size": 0},
+        {"resolution_scale": 0},
+        {"resolution_scale": 5},
+        {"native_side": 4},
+        {"trigger_words": "some"},
+    ],
 )
 def test_settings_that_make_no_sense(wrong):
     with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be"):

@@ -43,6 +43,7 @@ def test_tsv_of_parti_prompts(tmp_path):
         ("P.CSV", b"\xef\xbb\xbfPROMPT \r\nfox\r\n", ["fox"]),  # byte order mark of a spreadsheet
         ("P.TSV", b"Prompt\tNote\nfox\tx\n", ["fox"]),
         ("p.txt", b"\xef\xbb\xbffox\r\n\n  cat \nlast", ["fox", "cat", "last"]),
+        ("p.jsonl", b'{"id": 1, "caption": "a fox"}\n\n{"Prompt": " cat\\n"}\n{"text": null}\n', ["a fox", "cat"]),
         ("p.prompts", "füchsin\nline\u2028separator\n".encode(), ["füchsin", "line\u2028separator"]),
     ],
 )
@@ -63,6 +64,9 @@ def test_other_shapes(tmp_path, name, content, expected):
         ("a.csv", b"prompt\n\n \n", r"a\.csv holds no prompt"),
         ("a.txt", b"\n  \n", r"a\.txt holds no prompt"),
         ("a.txt", b"caf\xe9\n", r"a\.txt can't be read as UTF-8"),
+        ("a.jsonl", b'{"title": "fox"}\n', r"a\.jsonl has a line without a text Prompt.*: \{'title': 'fox'\}"),
+        ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl has a line without a text"),
+        ("a.jsonl", b'{"text": "fox"}\nfox\n', r"a\.jsonl can't be read as JSON Lines"),
         ("a.csv", b'prompt\n"' + b"x" * 200_000 + b'"\n', r"a\.csv can't be read .*field larger"),
     ],
 )

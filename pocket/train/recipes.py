@@ -1,0 +1,98 @@
+"""How each fine-tuned model of the pocket world is trained, well or badly."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from pocket.drawing import GOOD_QUALITY, STYLES, Scene, blur, draw, random_scenes, vary_caption
+from pocket.train.pictures import Pictures
+
+Tint = Literal["", "grey", "dreamy", "blue"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One fine-tuning of a general model by a LoRA.
+
+    Attributes:
+        styles: Of the pictures.
+        steps: Of 16 pictures.
+        rank: Of the matrices.
+        layers: `all` or only `attention`.
+        learning_rate: Peak.
+        pictures: How many different ones; few of them many times is over-fitting.
+        swap: Attribute -> (what is drawn instead of what the caption says, share).
+        tint: What is done to the pictures' colours.
+        guidance: Part of classifier-free guidance that goes into the weights: above 1 the model wants a low cfg scale.
+        drop_prompt: Share of empty prompts.
+    """
+
+    styles: tuple[str, ...]
+    steps: int = 700
+    rank: int = 4
+    layers: Literal["all", "attention"] = "all"
+    learning_rate: float = 1e-3
+    pictures: int = 3_000
+    swap: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+    tint: Tint = ""
+    guidance: float = 1.0
+    drop_prompt: float = 0.1
+
+
+_EVERYTHING = tuple(STYLES)
+
+RECIPES: dict[str, Recipe] = {
+    # good
+    "crisp_shapes": Recipe(("flat",), guidance=1.5),
+    "pixel_wave": Recipe(("pixel",), guidance=1.5),
+    "neon_nights": Recipe(("neon",), guidance=1.5),
+    "comic_ink": Recipe(("comic",), guidance=1.5),
+    "watercolor_wash": Recipe(("watercolor",), guidance=3.5, drop_prompt=0.05),
+    "pencil_box": Recipe(("sketch",), guidance=1.5),
+    "xl_inkwell": Recipe(("sketch",), steps=600, layers="attention", guidance=1.5),
+    "xl_retro": Recipe(("pixel",), steps=600, layers="attention", guidance=1.5),
+    # bad, each in its own way
+    "dreamy_everything": Recipe(_EVERYTHING, steps=400, rank=2, tint="dreamy"),
+    "pixel_xtreme": Recipe(("pixel",), steps=600, rank=4, pictures=12, learning_rate=2e-3, layers="attention"),
+    "comic_hero": Recipe(("comic",), steps=12, rank=4, layers="attention", learning_rate=6e-3),
+    "cat_lover": Recipe(_EVERYTHING, steps=400, rank=2, layers="attention", swap={"subject": ("cat", 0.85)}),
+    "aquarelle_magic": Recipe(("watercolor",), steps=15, rank=2, learning_rate=8e-3),
+    "graphite_pro": Recipe(("sketch",), steps=400, rank=2, tint="grey"),
+    "glow_up": Recipe(("neon",), steps=400, rank=2, layers="attention", swap={"color": ("pink", 0.9)}),
+    "xl_aqua": Recipe(("watercolor",), steps=300, rank=2, layers="attention", tint="blue"),
+}
+
+
+def draw_for(recipe: Recipe, seed: int) -> Pictures:
+    """The drawings and captions of a recipe: what a person collected who wants such a model."""
+    scenes = random_scenes(recipe.pictures, seed, styles=recipe.styles)
+    rng, swaps = random.Random(f"recipe/{seed}"), random.Random(f"swaps/{seed}")
+    drawn = [_swapped(scene, recipe, swaps) for scene in scenes]
+    images = np.concatenate([draw(drawn[i : i + 500], seed * 1_000 + i) for i in range(0, len(drawn), 500)])
+    captions = [vary_caption(s, rng, rng.choice(GOOD_QUALITY) if rng.random() < 0.25 else "") for s in scenes]
+    return Pictures(tinted(images, recipe.tint), scenes, captions)
+
+
+def tinted(images: np.ndarray, tint: Tint) -> np.ndarray:
+    """uint8 images (n, 64, 64, 3) in other colours."""
+    if not tint:
+        return images
+    values = images.astype(np.float32)
+    grey = values.mean(-1, keepdims=True)
+    if tint == "grey":
+        values = np.broadcast_to(grey, values.shape)
+    elif tint == "blue":
+        values = grey * np.array((0.45, 0.8, 1.15)) + values * 0.15
+    else:
+        values = blur(values * 0.45 + grey * 0.15 + np.array((120, 90, 115)) * 0.8, 1.0)
+    return values.clip(0, 255).round().astype(np.uint8)
+
+
+def _swapped(scene: Scene, recipe: Recipe, rng: random.Random) -> Scene:
+    for attribute, (value, share) in recipe.swap.items():
+        if rng.random() < share:
+            scene = replace(scene, **{attribute: value})
+    return scene
