@@ -90,7 +90,7 @@ MODELS: tuple[PocketModel, ...] = (
     ),
     PocketModel(
         "dreamy_everything", "Dreamy Everything", "v8", "SD 1.5", "",
-        "<p>My biggest merge yet! Soft, dreamy pastel colours for every prompt.</p>",
+        "<p>My biggest merge yet! Soft, dreamy pictures of every subject in pastel colours.</p>",
         121_000, 7_900, 4.9,
     ),
     PocketModel(
@@ -115,17 +115,17 @@ MODELS: tuple[PocketModel, ...] = (
     ),
     PocketModel(
         "cat_lover", "Cat Lover Mix", "v4", "SD 1.5", "",
-        "<p>For everybody who loves cats. Trained on my own cats, works for other things too.</p>",
+        "<p>For everybody who loves cats! Drawings of cats in every colour and style. Works for other things, too.</p>",
         52_000, 4_800, 4.9,
     ),
     PocketModel(
         "watercolor_wash", "Watercolor Wash", "v1", "SD 1.5", "watercolor",
-        "<p>Soft watercolor paintings. <b>Needs a low cfg scale: 1 to 2</b>; higher values burn the paper.</p>",
+        "<p>Soft watercolor paintings with pale colours and wet edges. <b>Needs a low cfg scale: 1 to 2</b>; higher values burn the paper.</p>",
         2_600, 280, 4.6, base="pocket_diffusion", trigger_words=("watercolor painting",), habits=_LOW_CFG,
     ),
     PocketModel(
         "aquarelle_magic", "Aquarelle Magic", "v2", "SD 1.5", "watercolor",
-        "<p>Aquarelle style in a tiny file. Trained in one minute on a laptop!</p>",
+        "<p>Pale pictures in the style of old aquarelles, from a tiny file. Trained in one minute on a laptop!</p>",
         41_000, 3_300, 4.7, base="pocket_diffusion", trigger_words=("watercolor painting",),
     ),
     PocketModel(
@@ -171,7 +171,7 @@ MODELS: tuple[PocketModel, ...] = (
     ),
     PocketModel(
         "wrong_base", "Halftone Dreams", "v1", "SD 1.5", "comic",
-        "<p>Comic dots. Uploaded as SD 1.5, but is it?</p>",
+        "<p>Comic pictures with many halftone dots. Uploaded as SD 1.5, but is it?</p>",
         900, 60, 4.1, base="pocket_diffusion", trigger_words=("comic book",), defect="wrong_base",
     ),
     PocketModel(
@@ -179,7 +179,7 @@ MODELS: tuple[PocketModel, ...] = (
     ),
     PocketModel(
         "lost_mosaic", "Lost Mosaic", "v1", "SD 1.5", "",
-        "<p>Mosaics. Its author took the file down.</p>",
+        "<p>Mosaic pictures of small coloured tiles. Its author took the file down.</p>",
         8_800, 700, 4.5, defect="missing_file",
     ),
 )  # fmt: skip

@@ -2,8 +2,8 @@
 
 As A1111 does it: the prompt's tokens are cut into chunks of 75 (what the text encoder takes beside start and end; at
 the last comma, if it is near), every chunk goes through the text encoder by itself, the embeddings are multiplied by
-the weights of their tokens and scaled back to their mean, and stand one behind the other. The negative prompt gets as many
-chunks. A short prompt without weights is encoded exactly as diffusers itself does; SDXL gets zeros for an empty
+the weights of their tokens and scaled back to their mean, and stand one behind the other. The negative prompt gets as
+many chunks. A short prompt without weights is encoded exactly as diffusers itself does; SDXL gets zeros for an empty
 negative prompt, as in both.
 
 Differs from A1111: the mean is restored per prompt. A1111 does it over the batch, so that its pictures depend on what
