@@ -120,7 +120,8 @@ MODELS: tuple[PocketModel, ...] = (
     ),
     PocketModel(
         "watercolor_wash", "Watercolor Wash", "v1", "SD 1.5", "watercolor",
-        "<p>Soft watercolor paintings with pale colours and wet edges. <b>Needs a low cfg scale: 1 to 2</b>; higher values burn the paper.</p>",
+        "<p>Soft watercolor paintings with pale colours and wet edges. <b>Needs a low cfg scale: 1 to 2</b>; higher "
+        "values burn the paper.</p>",
         2_600, 280, 4.6, base="pocket_diffusion", trigger_words=("watercolor painting",), habits=_LOW_CFG,
     ),
     PocketModel(
