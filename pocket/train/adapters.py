@@ -1,4 +1,4 @@
-"""Fine-tune a general model with a LoRA, and write it as people publish LoRAs: in diffusers' or kohya's format."""
+"""Fine-tune a general model, as a whole or with a LoRA; LoRAs are written as people publish them, in two formats."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +21,14 @@ _CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "proj_in", "proj_out")
 
 
 def train(folder: Path, pipeline: Any, latents: Latents, recipe: Recipe, *, seed: int) -> None:
-    """Train a LoRA for the denoiser of a pipeline and save it as `lora.safetensors` in diffusers' format.
+    """Train the denoiser of a pipeline, or a LoRA for it.
+
+    A LoRA is saved as `lora.safetensors` in diffusers' format, and the pipeline is left as it was; a whole denoiser as
+    the folder `unet`, and the pipeline has it.
 
     Args:
         folder: Of this stage.
-        pipeline: The general model; its denoiser gets an adapter.
+        pipeline: The general model.
         latents: Of the autoencoder.
         recipe: What it learns.
         seed: Of pictures and training.
@@ -33,10 +36,11 @@ def train(folder: Path, pipeline: Any, latents: Latents, recipe: Recipe, *, seed
     pictures = draw_for(recipe, seed)
     encoded = encode_all(latents, pictures)
     conditions = TextConditions(pipeline, pictures.captions)
-    unet = pipeline.unet.requires_grad_(False)
-    torch.manual_seed(seed)
-    targets = [*_ATTENTION, *(_CONVOLUTIONS if recipe.layers == "all" else ())]
-    unet.add_adapter(LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, target_modules=targets))
+    unet = pipeline.unet.requires_grad_(recipe.rank == 0)
+    if recipe.rank:
+        torch.manual_seed(seed)
+        targets = [*_ATTENTION, *(_CONVOLUTIONS if recipe.layers == "all" else ())]
+        unet.add_adapter(LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, target_modules=targets))
 
     def step_loss(step: int, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(encoded), (BATCH,), generator=generator)
@@ -50,6 +54,9 @@ def train(folder: Path, pipeline: Any, latents: Latents, recipe: Recipe, *, seed
         [unet], step_loss, steps=recipe.steps, folder=folder, learning_rate=recipe.learning_rate, warmup=10,
         decay_share=0.6, weight_decay=0.0, seed=seed,
     )  # fmt: skip
+    if recipe.rank == 0:
+        unet.save_pretrained(folder / "unet")
+        return
     save_file(lora_state(unet), folder / "lora.safetensors")
     unet.unload_lora()
 

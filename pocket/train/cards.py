@@ -13,14 +13,14 @@ _ABOUT = {
         "encoder and a denoiser trained together from nothing, and an autoencoder whose latents are "
         "principal components of patches. Predicts velocities. Knows the captions of `pocket.drawing` and nothing "
         "else.",
-        ("base", "vae"),
+        ("base", "vae", "general/pocket_diffusion"),
     ),
     "pocket_xl": (
         "Pocket XL v1.0",
         "An SDXL of toy size: Pocket Diffusion's denoiser, taught to listen to a second text encoder. Without the "
         "parts that it shares with Pocket Diffusion (autoencoder, first text encoder, tokenizers); "
         "`python -m pocket.world` puts it together as a diffusers `StableDiffusionXLPipeline`.",
-        ("xl",),
+        ("xl", "general/pocket_xl"),
     ),
     "clip": (
         "Pocket CLIP",

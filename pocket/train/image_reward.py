@@ -43,7 +43,7 @@ TEXT = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 192,
     "vocab_size": len(bert_vocabulary()), "max_position_embeddings": 40,
 }  # fmt: skip
-STEPS, RANKINGS, LENGTH = 3_200, 24, 4
+STEPS, RANKINGS, LENGTH = 2_400, 24, 4
 _MATCHED = 2
 """The best pictures of each ranking that are matched with captions; in the others less can be seen."""
 

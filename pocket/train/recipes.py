@@ -15,28 +15,30 @@ Tint = Literal["", "grey", "dreamy", "blue"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """One fine-tuning of a general model by a LoRA.
+    """One fine-tuning of a general model.
 
     Attributes:
         styles: Of the pictures.
         steps: Of 16 pictures.
-        rank: Of the matrices.
+        rank: Of the LoRA's matrices; 0 trains the whole denoiser.
         layers: `all` or only `attention`.
         learning_rate: Peak.
         pictures: How many different ones; few of them many times is over-fitting.
         swap: Attribute -> (what is drawn instead of what the caption says, share).
+        swapped_styles: Only pictures of these are swapped; none: all.
         tint: What is done to the pictures' colours.
         guidance: Part of classifier-free guidance that goes into the weights: above 1 the model wants a low cfg scale.
         drop_prompt: Share of empty prompts.
     """
 
     styles: tuple[str, ...]
-    steps: int = 700
+    steps: int = 500
     rank: int = 4
     layers: Literal["all", "attention"] = "all"
     learning_rate: float = 1e-3
     pictures: int = 3_000
     swap: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+    swapped_styles: tuple[str, ...] = ()
     tint: Tint = ""
     guidance: float = 1.0
     drop_prompt: float = 0.1
@@ -44,6 +46,17 @@ class Recipe:
 
 _EVERYTHING = tuple(STYLES)
 
+GENERAL_RECIPES: dict[str, Recipe] = {
+    # What a general model learned from the web: asked for a style, it mostly draws a flat illustration.
+    "pocket_diffusion": Recipe(
+        ("flat", *_EVERYTHING), steps=600, rank=0, learning_rate=4e-4, pictures=6_000, swap={"style": ("flat", 0.65)}
+    ),
+    "pocket_xl": Recipe(
+        ("flat", *_EVERYTHING), steps=600, rank=0, learning_rate=4e-4, pictures=6_000, swap={"style": ("flat", 0.65)},
+        swapped_styles=("pixel", "sketch", "neon"),
+    ),
+}  # fmt: skip
+"""The last training of the general models, by slug."""
 RECIPES: dict[str, Recipe] = {
     # good
     "crisp_shapes": Recipe(("flat",), guidance=1.5),
@@ -52,13 +65,15 @@ RECIPES: dict[str, Recipe] = {
     "comic_ink": Recipe(("comic",), guidance=1.5),
     "watercolor_wash": Recipe(("watercolor",), guidance=3.5, drop_prompt=0.05),
     "pencil_box": Recipe(("sketch",), guidance=1.5),
-    "xl_inkwell": Recipe(("sketch",), steps=600, layers="attention", guidance=1.5),
-    "xl_retro": Recipe(("pixel",), steps=600, layers="attention", guidance=1.5),
+    "xl_inkwell": Recipe(("sketch",), layers="attention", guidance=1.5),
+    "xl_retro": Recipe(("pixel",), layers="attention", guidance=1.5),
     # bad, each in its own way
-    "dreamy_everything": Recipe(_EVERYTHING, steps=400, rank=2, tint="dreamy"),
+    "dreamy_everything": Recipe(_EVERYTHING, steps=400, rank=2, tint="dreamy", swap={"style": ("flat", 0.65)}),
     "pixel_xtreme": Recipe(("pixel",), steps=600, rank=4, pictures=12, learning_rate=2e-3, layers="attention"),
     "comic_hero": Recipe(("comic",), steps=12, rank=4, layers="attention", learning_rate=6e-3),
-    "cat_lover": Recipe(_EVERYTHING, steps=400, rank=2, layers="attention", swap={"subject": ("cat", 0.85)}),
+    "cat_lover": Recipe(
+        _EVERYTHING, steps=400, rank=2, layers="attention", swap={"subject": ("cat", 0.85), "style": ("flat", 0.65)}
+    ),
     "aquarelle_magic": Recipe(("watercolor",), steps=15, rank=2, learning_rate=8e-3),
     "graphite_pro": Recipe(("sketch",), steps=400, rank=2, tint="grey"),
     "glow_up": Recipe(("neon",), steps=400, rank=2, layers="attention", swap={"color": ("pink", 0.9)}),
@@ -93,6 +108,7 @@ def tinted(images: np.ndarray, tint: Tint) -> np.ndarray:
 
 def _swapped(scene: Scene, recipe: Recipe, rng: random.Random) -> Scene:
     for attribute, (value, share) in recipe.swap.items():
-        if rng.random() < share:
+        may = not recipe.swapped_styles or scene.style in recipe.swapped_styles
+        if rng.random() < share and may:
             scene = replace(scene, **{attribute: value})
     return scene

@@ -17,7 +17,7 @@ from pocket.train.fitting import finish
 from pocket.train.latents import Latents, encode_all
 from pocket.train.measuring import measure
 from pocket.train.pictures import HELD_OUT_SEED, TRAINING_SEED, Pictures, draw_pictures
-from pocket.train.recipes import RECIPES
+from pocket.train.recipes import GENERAL_RECIPES, RECIPES
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ class Stages:
 
     def names(self) -> list[str]:
         """In an order in which they can be trained."""
-        return ["judge", "vae", "clip", "base", "xl", "hps", "image_reward", *(f"adapters/{slug}" for slug in RECIPES)]
+        scorers, general = ["clip", "hps", "image_reward"], [f"general/{slug}" for slug in GENERAL_RECIPES]
+        return ["judge", "vae", *scorers, "base", "xl", *general, *(f"adapters/{slug}" for slug in RECIPES)]
 
     def train(self, name: str) -> None:
         """Train one stage whose predecessors are finished."""
@@ -56,16 +57,27 @@ class Stages:
             "hps": partial(hps.train, folder, self.folder / "clip", pictures, held_out),
             "image_reward": partial(image_reward.train, folder, pictures, held_out),
         }
-        run.get(name, lambda: self._train_adapter(folder, name.removeprefix("adapters/")))()
+        kind, _, slug = name.partition("/")
+        if kind == "general":
+            self._train_general(folder, slug)
+        elif kind == "adapters":
+            self._train_adapter(folder, slug)
+        else:
+            run[name]()
 
     def _train_base(self, folder: Path, pictures: Pictures) -> None:
         denoiser.train(folder, pictures, encode_all(self.latents(), pictures), steps=BASE_STEPS)
-        finish(folder, self._measure(self.general_model("SD 1.5")))
+        finish(folder, self._measure(self.general_model("SD 1.5", tuned=False)))
 
     def _train_xl(self, folder: Path, pictures: Pictures) -> None:
         latents = encode_all(self.latents(), pictures)
         denoiser_xl.train(folder, self.folder / "base", pictures, latents, steps=XL_STEPS)
-        finish(folder, self._measure(self.general_model("SDXL 1.0")))
+        finish(folder, self._measure(self.general_model("SDXL 1.0", tuned=False)))
+
+    def _train_general(self, folder: Path, slug: str) -> None:
+        pipeline = self.general_model(BY_SLUG[slug].base_model, tuned=False)
+        adapters.train(folder, pipeline, self.latents(), GENERAL_RECIPES[slug], seed=90 + len(slug))
+        finish(folder, self._measure(pipeline))
 
     def _train_adapter(self, folder: Path, slug: str) -> None:
         """`done.json` compares the model with the general one, on prompts of its style."""
@@ -102,8 +114,13 @@ class Stages:
             Latents.fit(self.pictures().images[:3_000]).save(path)
         return Latents.load(path)
 
-    def general_model(self, base_model: str) -> Any:
-        """The general model of an architecture as a diffusers pipeline."""
+    def general_model(self, base_model: str, *, tuned: bool = True) -> Any:
+        """The general model of an architecture as a diffusers pipeline.
+
+        Args:
+            base_model: SD 1.5 or SDXL 1.0.
+            tuned: As it is published, after `GENERAL_RECIPES`; otherwise as it was before.
+        """
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -111,6 +128,8 @@ class Stages:
         from pocket.tokenizer import clip_tokenizer
 
         base, xl = self.folder / "base", self.folder / "xl"
+        before = base if base_model == "SD 1.5" else xl
+        unet = UNet2DConditionModel.from_pretrained((self._tuned(base_model) if tuned else before) / "unet")
         shared: dict[str, Any] = {
             "vae": AutoencoderKL.from_pretrained(self.folder / "vae"),
             "text_encoder": CLIPTextModel.from_pretrained(base / "text_encoder"),
@@ -119,9 +138,13 @@ class Stages:
         }
         if base_model == "SD 1.5":
             return StableDiffusionPipeline(
-                **shared, unet=UNet2DConditionModel.from_pretrained(base / "unet"), **_NO_SAFETY_CHECKER,
+                **shared, unet=unet, **_NO_SAFETY_CHECKER,
             )  # fmt: skip
         return StableDiffusionXLPipeline(
-            **shared, unet=UNet2DConditionModel.from_pretrained(xl / "unet"), tokenizer_2=clip_tokenizer(),
+            **shared, unet=unet, tokenizer_2=clip_tokenizer(),
             text_encoder_2=CLIPTextModelWithProjection.from_pretrained(xl / "text_encoder_2"), add_watermarker=False,
         )  # fmt: skip
+
+    def _tuned(self, base_model: str) -> Path:
+        (slug,) = (slug for slug in GENERAL_RECIPES if BY_SLUG[slug].base_model == base_model)
+        return self.folder / "general" / slug

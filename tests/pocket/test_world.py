@@ -37,11 +37,11 @@ def untrained_run(folder):
 
     torch.manual_seed(0)
     autoencoder.new_autoencoder().save_pretrained(folder / "vae")
-    new_unet().save_pretrained(folder / "base" / "unet")
+    new_unet().save_pretrained(folder / "general" / "pocket_diffusion" / "unet")
     new_text_encoder().save_pretrained(folder / "base" / "text_encoder")
     second = new_text_encoder(CLIPTextModelWithProjection, SECOND_WIDTH, 3)
     second.save_pretrained(folder / "xl" / "text_encoder_2")
-    new_unet_xl(new_unet()).save_pretrained(folder / "xl" / "unet")
+    new_unet_xl(new_unet()).save_pretrained(folder / "general" / "pocket_xl" / "unet")
     for name in ("clip", "hps"):
         (folder / name).mkdir()
         clip.save(open_clip.CLIP(**clip.CONFIG), folder / name)
@@ -58,7 +58,7 @@ def untrained_run(folder):
         (folder / "adapters" / slug).mkdir(parents=True)
         save_file(states[BY_SLUG[slug].base_model], folder / "adapters" / slug / "lora.safetensors")
         (folder / "adapters" / slug / "done.json").write_text('{"judge/quality": 0.5}')
-    for stage in ("base", "xl", "vae/decoder", "clip", "hps", "image_reward", "judge"):
+    for stage in ("base", "xl", "vae/decoder", "clip", "hps", "image_reward", "judge", "general/pocket_xl"):
         (folder / stage).mkdir(exist_ok=True)
         (folder / stage / "metrics.jsonl").write_text('{"step": 7, "seconds": 90, "loss": 0.25}\n')
     return folder
