@@ -124,14 +124,13 @@ def compare(drawn: Drawn) -> dict[str, Any]:
     means = rewards.mean(-1)
     others = (means.sum(0) - means) / max(1, len(means) - 1)
     popular = max(usable_models(), key=lambda model: model.downloads)
-    default = choices.index(Choice(BY_SLUG[GENERAL["SD 1.5"]], SETTINGS[0]))
-    # a popular model is called as most people call everything
+    general = BY_SLUG[GENERAL["SD 1.5"]]
     ways = {
         "oracle: best call per prompt": oracle,
         "best model per prompt, default parameters": _oracle_among(halves, choices, SETTINGS[0]),
         "best single call for all prompts": means[rows, others.argmax(1)],
-        "most popular model": means[:, choices.index(Choice(popular, SETTINGS[0]))],
-        "default call": means[:, default],
+        "default call (of the most popular model)": means[:, choices.index(Choice(popular, SETTINGS[0]))],
+        "general model, default parameters": means[:, choices.index(Choice(general, SETTINGS[0]))],
         "community's distribution": (means * community_shares(drawn.scenes, choices)).sum(1),
         "any call": means.mean(1),
     }

@@ -53,11 +53,11 @@ def test_the_best_call_for_all_is_chosen_on_the_other_prompts(rewards):
 
 
 def test_fixed_choices(rewards):
-    rewards[:, 0], rewards[:, N] = 0.3, 0.2  # the default call; the most downloaded model with default parameters
+    rewards[:, 0], rewards[:, N] = 0.3, 0.2  # the general model and the most downloaded one, default parameters
     ways = compare(drawn(rewards))["ways"]
-    assert ways["default call"]["value"] == pytest.approx(0.3)
+    assert ways["general model, default parameters"]["value"] == pytest.approx(0.3)
     assert BY_SLUG["dreamy_everything"].downloads == max(model.downloads for model in BY_SLUG.values())
-    assert ways["most popular model"]["value"] == pytest.approx(0.2)
+    assert ways["default call (of the most popular model)"]["value"] == pytest.approx(0.2)
     assert ways["any call"]["value"] == pytest.approx((14 * 0.5 + 0.3 + 0.2) / 16)
 
 
@@ -109,9 +109,7 @@ def test_the_report_is_a_table(rewards):
     report = compare(drawn(rewards)) | {"agreement": {"hps_v2": 0.5}, "right_caption": {"subject": 0.8}}
     table = to_markdown(json.loads(json.dumps(report)))
     assert (
-        "| default call | 0.500 [0.500, 0.500] |" in table
-        and "| hps_v2 | 0.50 |" in table
-        and "| subject | 80% |" in table
+        "| any call | 0.500 [0.500, 0.500] |" in table and "| hps_v2 | 0.50 |" in table and "| subject | 80% |" in table
     )
 
 
