@@ -49,6 +49,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/dabench.py --json
 	$(BIN)/python benchmarks/sft.py --json
 	$(BIN)/python benchmarks/rollouts.py --json
+	$(BIN)/python benchmarks/pocket_world.py --json
 
 # The official reward packages need an older stack than ours: an environment of their own, and pip with dependency groups.
 .venv-official/.installed: pyproject.toml

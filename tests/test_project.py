@@ -132,7 +132,7 @@ def config_classes(path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(REPOSITORY.glob("configs/[dr]*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}"
+    "path", sorted(REPOSITORY.glob("configs/[dpr]*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}"
 )
 def test_config_file_is_read_by_its_command(path, tmp_path, monkeypatch):
     from rewards.commandline import parse_config
@@ -141,7 +141,7 @@ def test_config_file_is_read_by_its_command(path, tmp_path, monkeypatch):
     # bf16 is refused where there is neither a GPU nor `use_cpu`; the key itself is what is tested here.
     rollout = ["--calls", "c", "--catalog", "c", "--weights", "w", "--output", "o"]
     required = {"dabench.yaml": ["--source", "s", "--output", "o"], "score.yaml": ["--source", "s", "--output", "o"]}
-    required |= {"run.yaml": rollout, "ray.yaml": rollout}
+    required |= {"run.yaml": rollout, "ray.yaml": rollout, "rollout.yaml": rollout}
     flags = required.get(
         path.name, [] if path.name in ("serve.yaml", "plan.yaml") else ["--dataset", "d", "--output_dir", "o"]
     )

@@ -32,8 +32,8 @@ class Recipe:
     """
 
     styles: tuple[str, ...]
-    steps: int = 500
-    rank: int = 4
+    steps: int = 600
+    rank: int = 2
     layers: Literal["all", "attention"] = "all"
     learning_rate: float = 1e-3
     pictures: int = 3_000
@@ -59,25 +59,25 @@ GENERAL_RECIPES: dict[str, Recipe] = {
 """The last training of the general models, by slug."""
 RECIPES: dict[str, Recipe] = {
     # good
-    "crisp_shapes": Recipe(("flat",), guidance=1.5),
-    "pixel_wave": Recipe(("pixel",), guidance=1.5),
+    "crisp_shapes": Recipe(("flat",)),
+    "pixel_wave": Recipe(("pixel",), rank=3),
     "neon_nights": Recipe(("neon",), guidance=1.5),
-    "comic_ink": Recipe(("comic",), guidance=1.5),
+    "comic_ink": Recipe(("comic",)),
     "watercolor_wash": Recipe(("watercolor",), guidance=3.5, drop_prompt=0.05),
-    "pencil_box": Recipe(("sketch",), guidance=1.5),
-    "xl_inkwell": Recipe(("sketch",), layers="attention", guidance=1.5),
-    "xl_retro": Recipe(("pixel",), layers="attention", guidance=1.5),
+    "pencil_box": Recipe(("sketch",)),
+    "xl_inkwell": Recipe(("sketch",), steps=500, rank=4, layers="attention", guidance=1.5),
+    "xl_retro": Recipe(("pixel",), rank=4, layers="attention"),
     # bad, each in its own way
-    "dreamy_everything": Recipe(_EVERYTHING, steps=400, rank=2, tint="dreamy", swap={"style": ("flat", 0.65)}),
-    "pixel_xtreme": Recipe(("pixel",), steps=600, rank=4, pictures=12, learning_rate=2e-3, layers="attention"),
-    "comic_hero": Recipe(("comic",), steps=12, rank=4, layers="attention", learning_rate=6e-3),
+    "dreamy_everything": Recipe(_EVERYTHING, steps=400, rank=1, tint="dreamy", swap={"style": ("flat", 0.65)}),
+    "pixel_xtreme": Recipe(("pixel",), pictures=12, layers="attention", learning_rate=2e-3),
+    "comic_hero": Recipe(("comic",), steps=12, layers="attention", learning_rate=6e-3),
     "cat_lover": Recipe(
-        _EVERYTHING, steps=400, rank=2, layers="attention", swap={"subject": ("cat", 0.85), "style": ("flat", 0.65)}
+        _EVERYTHING, steps=400, rank=1, layers="attention", swap={"subject": ("cat", 0.85), "style": ("flat", 0.65)}
     ),
-    "aquarelle_magic": Recipe(("watercolor",), steps=15, rank=2, learning_rate=8e-3),
-    "graphite_pro": Recipe(("sketch",), steps=400, rank=2, tint="grey"),
-    "glow_up": Recipe(("neon",), steps=400, rank=2, layers="attention", swap={"color": ("pink", 0.9)}),
-    "xl_aqua": Recipe(("watercolor",), steps=300, rank=2, layers="attention", tint="blue"),
+    "aquarelle_magic": Recipe(("watercolor",), steps=15, rank=1, learning_rate=8e-3),
+    "graphite_pro": Recipe(("sketch",), steps=400, rank=1, tint="grey"),
+    "glow_up": Recipe(("neon",), steps=400, rank=1, layers="attention", swap={"color": ("pink", 0.9)}),
+    "xl_aqua": Recipe(("watercolor",), steps=300, rank=1, layers="attention", tint="blue"),
 }
 
 
