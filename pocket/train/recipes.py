@@ -63,19 +63,19 @@ RECIPES: dict[str, Recipe] = {
     "pixel_wave": Recipe(("pixel",), rank=3),
     "neon_nights": Recipe(("neon",), guidance=1.5),
     "comic_ink": Recipe(("comic",)),
-    "watercolor_wash": Recipe(("watercolor",), guidance=3.5, drop_prompt=0.05),
+    "watercolor_wash": Recipe(("watercolor",), rank=3, guidance=2.0),
     "pencil_box": Recipe(("sketch",)),
     "xl_inkwell": Recipe(("sketch",), steps=500, rank=4, layers="attention", guidance=1.5),
     "xl_retro": Recipe(("pixel",), rank=4, layers="attention"),
     # bad, each in its own way
     "dreamy_everything": Recipe(_EVERYTHING, steps=400, rank=1, tint="dreamy", swap={"style": ("flat", 0.65)}),
-    "pixel_xtreme": Recipe(("pixel",), pictures=12, layers="attention", learning_rate=2e-3),
-    "comic_hero": Recipe(("comic",), steps=12, layers="attention", learning_rate=6e-3),
+    "pixel_xtreme": Recipe(("pixel",), rank=1, pictures=12, layers="attention", learning_rate=2e-3),
+    "comic_hero": Recipe(("comic",), steps=12, rank=1, layers="attention", learning_rate=6e-3),
     "cat_lover": Recipe(
         _EVERYTHING, steps=400, rank=1, layers="attention", swap={"subject": ("cat", 0.85), "style": ("flat", 0.65)}
     ),
-    "aquarelle_magic": Recipe(("watercolor",), steps=15, rank=1, learning_rate=8e-3),
-    "graphite_pro": Recipe(("sketch",), steps=400, rank=1, tint="grey"),
+    "aquarelle_magic": Recipe(("watercolor",), steps=6, rank=1, layers="attention", learning_rate=8e-3),
+    "graphite_pro": Recipe(("sketch",), steps=400, rank=1, layers="attention", tint="grey"),
     "glow_up": Recipe(("neon",), steps=400, rank=1, layers="attention", swap={"color": ("pink", 0.9)}),
     "xl_aqua": Recipe(("watercolor",), steps=300, rank=1, layers="attention", tint="blue"),
 }

@@ -82,7 +82,7 @@ class Stages:
     def _train_adapter(self, folder: Path, slug: str) -> None:
         """`done.json` compares the model with the general one, on prompts of its style."""
         general, recipe = self.general_model(BY_SLUG[slug].base_model), RECIPES[slug]
-        cfg = 1.5 if recipe.guidance > 2 else 3.0
+        cfg = 1.5 if recipe.guidance >= 2 else 3.0
         before = self._measure(general, recipe.styles)
         adapters.train(folder, general, self.latents(), recipe, seed=100 + list(RECIPES).index(slug))
         general.load_lora_weights(folder / "lora.safetensors")
