@@ -1,4 +1,4 @@
-"""Scores and times of our scorers and of their bare towers, for benchmarks/reward_parity.py (a process each, for its memory).
+"""Scores and times of our scorers and of their bare towers for benchmarks/reward_parity.py, one process each (memory).
 
 The job is benchmarks/official_scores.py's, with `dtype` and `role`: `ours`, or `limit`: the forward passes alone, on
 tensors that are ready, with texts padded to the official lengths.
