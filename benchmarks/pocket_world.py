@@ -16,9 +16,10 @@ from pathlib import Path
 
 from machine import machine
 
-from pocket.catalogue import SIDE, usable_models
+from pocket.catalogue import usable_models
 from pocket.drawing import caption, random_scenes
 from pocket.world import NATIVE_SIDE, build
+from rollouts.catalog import Catalog
 from rollouts.run import RunConfig
 from rollouts.run import main as run
 
@@ -35,9 +36,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         world = Path(folder) / "world"
         started = time.perf_counter()
-        build(world)
+        catalog = build(world)
         built = time.perf_counter() - started
-        calls = _calls(args.pictures)
+        calls = _calls(catalog, args.pictures)
         result = machine() | {"build_seconds": round(built, 1)}
         ours = _ours(world, calls, args.workers, Path(folder))
         loop = _loop(world, calls[:: max(1, len(calls) // args.peer_pictures)], args.workers)
@@ -48,18 +49,13 @@ def main() -> None:
     print(json.dumps(result, indent=None if args.json else 1))
 
 
-def _calls(count: int) -> list[dict]:
+def _calls(catalog: Catalog, count: int) -> list[dict]:
     """Rows of a table of calls: a model and a prompt each."""
     models, scenes = usable_models(), random_scenes(count, 7)
     rows = []
     for number, scene in enumerate(scenes):
-        model = models[number % len(models)]
-        side = SIDE[model.base_model]
-        call = {
-            "model": model.catalog_name, "type": model.type, "base Model": model.base_model, "width": side,
-            "height": side, "sampling method": SAMPLER, "sampling steps": STEPS, "cfg scale": CFG,
-            "model description": "",
-        }  # fmt: skip
+        parameters = {"sampling method": SAMPLER, "sampling steps": STEPS, "cfg scale": CFG}
+        call = catalog.reconstruct(models[number % len(models)].catalog_name, parameters).to_dict()
         rows.append({"prompt_id": str(number), "instruction": caption(scene), "call": call})
     return rows
 

@@ -4,6 +4,7 @@ How good they really are is in their weights (`pocket.train.adapters`), not here
 the community does (`habits`) is not what suits a model best either, except where a model's card says so.
 """
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,6 +12,10 @@ from rollouts.catalog import CatalogEntry
 
 SIDE = {"SD 1.5": 512, "SDXL 1.0": 1024}
 """Pixels of a call's side; the pictures themselves are drawn at 64 (`RenderSettings.native_side`)."""
+
+
+LOST_FILE = (hashlib.sha256(b"lost").hexdigest().upper(), 4_000_000)
+"""SHA-256 and size of the file that is missing: a digest that nothing has."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pocket import vocabulary as words
-from pocket.catalogue import BY_SLUG, MODELS, PocketModel, version_id
+from pocket.catalogue import BY_SLUG, LOST_FILE, MODELS, PocketModel, version_id
 from pocket.dump_posts import MAX_PICTURES, Picture, pictures_of
 from rewards.commandline import ConfigError, run_command
 from rewards.files import write_atomically
@@ -99,7 +99,8 @@ def read_weights(world: str | Path, model: PocketModel) -> Weights:
         ConfigError: If it is not in the world, though it should be.
     """
     if model.defect == "missing_file":
-        return Weights(_sha256(model.slug), _sha256(f"{model.slug}/AutoV1")[:8], 4_000_000)
+        sha256, size = LOST_FILE
+        return Weights(sha256, sha256[-8:], size)
     path = Path(world) / model.uri
     parts = [part for part in weights_parts(path) if part.is_file()]
     if not parts:
@@ -127,10 +128,6 @@ def write_dump(path: str | Path, world: str | Path, images_per_model: int = 40, 
     data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
     write_atomically(path, gzip.compress(data, mtime=0))
     return {"models": len(records), "images": sum(len(record["modelVersions"][0]["images"]) for record in records)}
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest().upper()
 
 
 def _number(value: float) -> float:

@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from align.evaluation.metrics import bootstrap
-from pocket.catalogue import BY_SLUG, SIDE, PocketModel, usable_models
+from pocket.catalogue import BY_SLUG, PocketModel, usable_models
 from pocket.drawing import ATTRIBUTES, STYLES, Scene, caption, random_scenes
 from pocket.world import GENERAL, NATIVE_SIDE, SCORERS, WEIGHTS, WorldError, build
 from rewards import load_scorer
 from rewards.commandline import run_command
 from rewards.files import write_atomically
 from rollouts.api import DEFAULT_CFG, DEFAULT_SAMPLER, DEFAULT_STEPS
+from rollouts.catalog import Catalog
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Setting(NamedTuple):
     cfg: float
 
 
+_PARAMETERS = ("sampling method", "sampling steps", "cfg scale")
 SETTINGS = (
     Setting(DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_CFG),  # DiffAgent's default call
     Setting("DPM++ 2M Karras", 20, 3.0),
@@ -50,7 +52,7 @@ class StudyConfig:
 
     world: str = field(metadata={"help": "Folder of the world's models; built if it is empty."})
     output: str = field(metadata={"help": "Folder of the results."})
-    prompts_per_style: int = field(default=4, metadata={"help": "Held-out prompts of each style."})
+    prompts_per_style: int = field(default=3, metadata={"help": "Held-out prompts of each style."})
     num_images: int = field(default=4, metadata={"help": "Pictures per call; an even number."})
     num_workers: int = field(default=1, metadata={"help": "Processes that draw; more than one by Ray."})
     seed: int = field(default=0, metadata={"help": "Of prompts and pictures."})
@@ -88,7 +90,7 @@ class Drawn:
 
 def main(config: StudyConfig) -> dict[str, Any]:
     """Draw, score, compare; returns what study.json says."""
-    build(config.world)
+    catalog = build(config.world)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     scenes = [
@@ -97,7 +99,7 @@ def main(config: StudyConfig) -> dict[str, Any]:
         for scene in random_scenes(config.prompts_per_style, config.seed + 500, held_out=True, styles=(style,))
     ]
     choices = [Choice(model, setting) for model in usable_models() for setting in SETTINGS]
-    write_atomically(output / "calls.jsonl", _calls_table(scenes, choices).encode())
+    write_atomically(output / "calls.jsonl", _calls_table(scenes, choices, catalog).encode())
     _roll_out(config, output)
     drawn = _read(output, scenes, choices)
     pictures = _pictures(drawn)
@@ -118,16 +120,14 @@ def compare(drawn: Drawn) -> dict[str, Any]:
     prompts but the one it is judged on.
     """
     rewards, choices = drawn.rewards, drawn.choices
-    halves = rewards[..., ::2].mean(-1), rewards[..., 1::2].mean(-1)
-    rows = np.arange(len(rewards))
-    oracle = (halves[1][rows, halves[0].argmax(1)] + halves[0][rows, halves[1].argmax(1)]) / 2
-    means = rewards.mean(-1)
+    means, rows = rewards.mean(-1), np.arange(len(rewards))
+    with_defaults = [i for i, choice in enumerate(choices) if choice.setting == SETTINGS[0]]
     others = (means.sum(0) - means) / max(1, len(means) - 1)
     popular = max(usable_models(), key=lambda model: model.downloads)
     general = BY_SLUG[GENERAL["SD 1.5"]]
     ways = {
-        "oracle: best call per prompt": oracle,
-        "best model per prompt, default parameters": _oracle_among(halves, choices, SETTINGS[0]),
+        "oracle: best call per prompt": _best_per_prompt(rewards),
+        "best model per prompt, default parameters": _best_per_prompt(rewards[:, with_defaults]),
         "best single call for all prompts": means[rows, others.argmax(1)],
         "default call (of the most popular model)": means[:, choices.index(Choice(popular, SETTINGS[0]))],
         "general model, default parameters": means[:, choices.index(Choice(general, SETTINGS[0]))],
@@ -224,34 +224,27 @@ def to_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _oracle_among(halves: tuple[np.ndarray, np.ndarray], choices: list[Choice], setting: Setting) -> np.ndarray:
-    own = [i for i, choice in enumerate(choices) if choice.setting == setting]
-    first, second = halves[0][:, own], halves[1][:, own]
-    rows = np.arange(len(first))
-    return (second[rows, first.argmax(1)] + first[rows, second.argmax(1)]) / 2
+def _best_per_prompt(rewards: np.ndarray) -> np.ndarray:
+    """Reward of the best call of each prompt, chosen on one half of the pictures and judged on the other."""
+    even, odd, rows = rewards[..., ::2].mean(-1), rewards[..., 1::2].mean(-1), np.arange(len(rewards))
+    return (odd[rows, even.argmax(1)] + even[rows, odd.argmax(1)]) / 2
 
 
 def _say(setting: Setting) -> str:
     return f"{setting.sampler}, {setting.steps} steps, cfg {setting.cfg:g}"
 
 
-def _calls_table(scenes: list[Scene], choices: list[Choice]) -> str:
+def _calls_table(scenes: list[Scene], choices: list[Choice], catalog: Catalog) -> str:
+    calls = [
+        catalog.reconstruct(model.catalog_name, dict(zip(_PARAMETERS, setting, strict=True))).to_dict()
+        for model, setting in choices
+    ]
     lines = []
     for number, scene in enumerate(scenes):
-        candidates = [{"response": "", "origin": "study", "call": _call(choice)} for choice in choices]
+        candidates = [{"response": "", "origin": "study", "call": call} for call in calls]
         instruction = {"prompt": caption(scene), "negative prompt": ""}
         lines.append(json.dumps({"prompt_id": f"{number:03}", "instruction": instruction, "candidates": candidates}))
     return "\n".join(lines) + "\n"
-
-
-def _call(choice: Choice) -> dict[str, Any]:
-    model, setting = choice
-    side = SIDE[model.base_model]
-    return {
-        "model": model.catalog_name, "type": model.type, "base Model": model.base_model, "width": side,
-        "height": side, "sampling method": setting.sampler, "sampling steps": setting.steps,
-        "cfg scale": setting.cfg, "model description": "",
-    }  # fmt: skip
 
 
 def _roll_out(config: StudyConfig, output: Path) -> None:

@@ -6,7 +6,6 @@ nothing, but they differ by model, prompt and seed.
     python -c "from pocket.untrained import save_catalog; save_catalog('models')"
 """
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -25,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from pocket.ldm_layout import clip_to_ldm, clip_to_open_clip, unet_to_ldm, vae_to_ldm
 from rollouts.catalog import Catalog, CatalogEntry
+from rollouts.weights import weights_sha256
 
 BaseModel = Literal["SD 1.5", "SDXL 1.0"]
 
@@ -214,7 +214,7 @@ def catalog_entry(
             "type": "LoRA" if base_checkpoint else "Checkpoint",
             "base_model": base_model,
             "base_checkpoint": base_checkpoint,
-            "files": [{"uri": uri, "format": "SafeTensor", "sha256": digest(Path(folder) / uri)}],
+            "files": [{"uri": uri, "format": "SafeTensor", "sha256": weights_sha256(Path(folder) / uri)}],
             "trigger_words": ["ink style"] if base_checkpoint else [],
             "lora_weight": 0.8 if base_checkpoint else None,
             "description": f"{name}: untrained weights.",
@@ -228,15 +228,6 @@ def catalog_entry(
             "stats": {"downloads": 100.0 - number},
         }
     )
-
-
-def digest(path: str | Path) -> str:
-    """SHA-256 as catalogues have it (`rollouts.weights.WeightFolder`): upper-case hex."""
-    path = Path(path)
-    parts = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
-    digests = [hashlib.sha256(part.read_bytes()).hexdigest() for part in parts]
-    whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    return whole.upper()
 
 
 def pipeline(

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pocket.catalogue import MODELS, PocketModel, catalog_entry
+from pocket.catalogue import LOST_FILE, MODELS, PocketModel, catalog_entry
 from rewards.commandline import run_command
 from rewards.files import write_atomically
 from rollouts.catalog import Catalog
@@ -27,7 +27,7 @@ from rollouts.weights import WeightFolder, weights_parts, weights_sha256
 logger = logging.getLogger(__name__)
 
 WEIGHTS = Path(__file__).parent / "weights"
-"""What is shipped: see its README."""
+"""What is shipped; each folder has a card, and weights.json the digests."""
 GENERAL = {"SD 1.5": "pocket_diffusion", "SDXL 1.0": "pocket_xl"}
 """Slugs of the models that all others are made from."""
 NATIVE_SIDE = 64
@@ -132,8 +132,8 @@ def _write_model(model: PocketModel, path: Path, weights: Path) -> None:
 
 def _sha256_and_size(model: PocketModel, path: Path) -> tuple[str, int]:
     """What the catalogue says of a model's files."""
-    if not path.exists():  # a digest that nothing has
-        return hashlib.sha256(model.slug.encode()).hexdigest().upper(), 4_000_000
+    if model.defect == "missing_file":
+        return LOST_FILE
     return weights_sha256(path), sum(part.stat().st_size for part in weights_parts(path))
 
 

@@ -20,7 +20,7 @@ _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 _CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "proj_in", "proj_out")
 
 
-def train(folder: Path, pipeline: Any, latents: Latents, recipe: Recipe, *, seed: int) -> None:
+def train(folder: Path, pipeline: Any, latents: Latents, recipe: Recipe) -> None:
     """Train the denoiser of a pipeline, or a LoRA for it.
 
     A LoRA is saved as `lora.safetensors` in diffusers' format, and the pipeline is left as it was; a whole denoiser as
@@ -31,14 +31,13 @@ def train(folder: Path, pipeline: Any, latents: Latents, recipe: Recipe, *, seed
         pipeline: The general model.
         latents: Of the autoencoder.
         recipe: What it learns.
-        seed: Of pictures and training.
     """
-    pictures = draw_for(recipe, seed)
+    pictures = draw_for(recipe)
     encoded = encode_all(latents, pictures)
     conditions = TextConditions(pipeline, pictures.captions)
     unet = pipeline.unet.requires_grad_(recipe.rank == 0)
     if recipe.rank:
-        torch.manual_seed(seed)
+        torch.manual_seed(recipe.seed)
         targets = [*_ATTENTION, *(_CONVOLUTIONS if recipe.layers == "all" else ())]
         unet.add_adapter(LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, target_modules=targets))
 
@@ -52,7 +51,7 @@ def train(folder: Path, pipeline: Any, latents: Latents, recipe: Recipe, *, seed
 
     fit(
         [unet], step_loss, steps=recipe.steps, folder=folder, learning_rate=recipe.learning_rate, warmup=10,
-        decay_share=0.6, weight_decay=0.0, seed=seed,
+        decay_share=0.6, weight_decay=0.0, seed=recipe.seed,
     )  # fmt: skip
     if recipe.rank == 0:
         unet.save_pretrained(folder / "unet")

@@ -20,10 +20,8 @@ from torch.nn import functional as F
 from pocket.degrading import DEGRADATIONS, degrade
 from pocket.drawing import (
     ATTRIBUTES,
-    BACKGROUNDS,
     GOOD_QUALITY,
     SIDE,
-    STYLES,
     Scene,
     caption,
     draw,
@@ -31,6 +29,7 @@ from pocket.drawing import (
     vary_caption,
 )
 from pocket.train.pictures import Pictures
+from pocket.wording import mentioned
 
 _WRONG = 0.45
 """Share of the steps down a ranking that make an attribute wrong; the others degrade."""
@@ -97,7 +96,7 @@ class RankingMaker:
             row = rng.choice(self.clean)
             scene = self.pictures.scenes[row]
             text = vary_caption(scene, rng, rng.choice(GOOD_QUALITY) if rng.random() < 0.2 else "")
-            states = [_State(row, scene, mentioned(text, scene))]
+            states = [_State(row, scene, named_attributes(text, scene))]
             while len(states) < length:
                 states.append(self._worse(states[-1], rng))
             made.captions.append(text)
@@ -130,15 +129,10 @@ class RankingMaker:
         return picture
 
 
-def mentioned(text: str, scene: Scene) -> tuple[str, ...]:
+def named_attributes(text: str, scene: Scene) -> tuple[str, ...]:
     """Attributes of a scene that its caption names; only these can be wrong."""
-    said = {
-        "subject": f" {scene.subject}",
-        "color": f" {scene.color} ",
-        "background": BACKGROUNDS[scene.background],
-        "style": STYLES[scene.style],
-    }
-    return tuple(attribute for attribute in ATTRIBUTES if said[attribute] in text)
+    found = mentioned(text)
+    return tuple(attribute for attribute in ATTRIBUTES if getattr(scene, attribute) in found[attribute])
 
 
 def ranking_loss(scores: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from pocket.catalogue import BY_SLUG
 from pocket.train.adapters import as_published
 from pocket.train.cards import card
 from pocket.train.recipes import RECIPES
+from pocket.train.stages import Stages
 from rewards.files import write_atomically
 
 LIMIT = 15_000_000
@@ -60,13 +62,8 @@ def publish(source: Path, output: Path) -> dict[str, Any]:
 
 def _write_general(source: Path, work: Path) -> None:
     """Both general models; SDXL's lacks what it shares with the other one."""
-    from pocket.train.denoiser import new_scheduler
-    from pocket.train.stages import Stages
-
     for slug, base_model in (("pocket_diffusion", "SD 1.5"), ("pocket_xl", "SDXL 1.0")):
-        pipeline = Stages(source).general_model(base_model)
-        pipeline.scheduler = new_scheduler()
-        pipeline.to(dtype=_half()).save_pretrained(work / slug)
+        Stages(source).general_model(base_model).to(dtype=torch.float16).save_pretrained(work / slug)
     for shared in ("vae", "text_encoder", "tokenizer", "tokenizer_2"):
         shutil.rmtree(work / "pocket_xl" / shared)
 
@@ -85,9 +82,3 @@ def _save(state: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     halved = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
     save_file({name: value.contiguous() for name, value in halved.items()}, path, metadata={"format": "pt"})
-
-
-def _half() -> Any:
-    import torch
-
-    return torch.float16

@@ -18,6 +18,7 @@ class Recipe:
     """One fine-tuning of a general model.
 
     Attributes:
+        seed: Of pictures and training.
         styles: Of the pictures.
         steps: Of 16 pictures.
         rank: Of the LoRA's matrices; 0 trains the whole denoiser.
@@ -31,6 +32,7 @@ class Recipe:
         drop_prompt: Share of empty prompts.
     """
 
+    seed: int
     styles: tuple[str, ...]
     steps: int = 600
     rank: int = 2
@@ -49,40 +51,46 @@ _EVERYTHING = tuple(STYLES)
 GENERAL_RECIPES: dict[str, Recipe] = {
     # What a general model learned from the web: asked for a style, it mostly draws a flat illustration.
     "pocket_diffusion": Recipe(
-        ("flat", *_EVERYTHING), steps=600, rank=0, learning_rate=4e-4, pictures=6_000, swap={"style": ("flat", 0.65)}
+        106, ("flat", *_EVERYTHING), rank=0, learning_rate=4e-4, pictures=6_000, swap={"style": ("flat", 0.65)}
     ),
     "pocket_xl": Recipe(
-        ("flat", *_EVERYTHING), steps=600, rank=0, learning_rate=4e-4, pictures=6_000, swap={"style": ("flat", 0.65)},
+        99, ("flat", *_EVERYTHING), rank=0, learning_rate=4e-4, pictures=6_000, swap={"style": ("flat", 0.65)},
         swapped_styles=("pixel", "sketch", "neon"),
     ),
 }  # fmt: skip
 """The last training of the general models, by slug."""
 RECIPES: dict[str, Recipe] = {
     # good
-    "crisp_shapes": Recipe(("flat",)),
-    "pixel_wave": Recipe(("pixel",), rank=3),
-    "neon_nights": Recipe(("neon",), guidance=1.5),
-    "comic_ink": Recipe(("comic",)),
-    "watercolor_wash": Recipe(("watercolor",), rank=3, guidance=2.0),
-    "pencil_box": Recipe(("sketch",)),
-    "xl_inkwell": Recipe(("sketch",), steps=500, rank=4, layers="attention", guidance=1.5),
-    "xl_retro": Recipe(("pixel",), rank=4, layers="attention"),
+    "crisp_shapes": Recipe(100, ("flat",)),
+    "pixel_wave": Recipe(101, ("pixel",), rank=3),
+    "neon_nights": Recipe(102, ("neon",), guidance=1.5),
+    "comic_ink": Recipe(103, ("comic",)),
+    "watercolor_wash": Recipe(104, ("watercolor",), rank=3, guidance=2.0),
+    "pencil_box": Recipe(105, ("sketch",)),
+    "xl_inkwell": Recipe(106, ("sketch",), steps=500, rank=4, layers="attention", guidance=1.5),
+    "xl_retro": Recipe(107, ("pixel",), rank=4, layers="attention"),
     # bad, each in its own way
-    "dreamy_everything": Recipe(_EVERYTHING, steps=400, rank=1, tint="dreamy", swap={"style": ("flat", 0.65)}),
-    "pixel_xtreme": Recipe(("pixel",), rank=1, pictures=12, layers="attention", learning_rate=2e-3),
-    "comic_hero": Recipe(("comic",), steps=12, rank=1, layers="attention", learning_rate=6e-3),
+    "dreamy_everything": Recipe(108, _EVERYTHING, steps=400, rank=1, tint="dreamy", swap={"style": ("flat", 0.65)}),
+    "pixel_xtreme": Recipe(109, ("pixel",), rank=1, pictures=12, layers="attention", learning_rate=2e-3),
+    "comic_hero": Recipe(110, ("comic",), steps=12, rank=1, layers="attention", learning_rate=6e-3),
     "cat_lover": Recipe(
-        _EVERYTHING, steps=400, rank=1, layers="attention", swap={"subject": ("cat", 0.85), "style": ("flat", 0.65)}
+        111,
+        _EVERYTHING,
+        steps=400,
+        rank=1,
+        layers="attention",
+        swap={"subject": ("cat", 0.85), "style": ("flat", 0.65)},
     ),
-    "aquarelle_magic": Recipe(("watercolor",), steps=6, rank=1, layers="attention", learning_rate=8e-3),
-    "graphite_pro": Recipe(("sketch",), steps=400, rank=1, layers="attention", tint="grey"),
-    "glow_up": Recipe(("neon",), steps=400, rank=1, layers="attention", swap={"color": ("pink", 0.9)}),
-    "xl_aqua": Recipe(("watercolor",), steps=300, rank=1, layers="attention", tint="blue"),
+    "aquarelle_magic": Recipe(112, ("watercolor",), steps=6, rank=1, layers="attention", learning_rate=8e-3),
+    "graphite_pro": Recipe(113, ("sketch",), steps=400, rank=1, layers="attention", tint="grey"),
+    "glow_up": Recipe(114, ("neon",), steps=400, rank=1, layers="attention", swap={"color": ("pink", 0.9)}),
+    "xl_aqua": Recipe(115, ("watercolor",), steps=300, rank=1, layers="attention", tint="blue"),
 }
 
 
-def draw_for(recipe: Recipe, seed: int) -> Pictures:
+def draw_for(recipe: Recipe) -> Pictures:
     """The drawings and captions of a recipe: what a person collected who wants such a model."""
+    seed = recipe.seed
     scenes = random_scenes(recipe.pictures, seed, styles=recipe.styles)
     rng, swaps = random.Random(f"recipe/{seed}"), random.Random(f"swaps/{seed}")
     drawn = [_swapped(scene, recipe, swaps) for scene in scenes]

@@ -1,25 +1,25 @@
 """What is trained, in which order, and what is shipped of it."""
 
-import logging
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from pocket.catalogue import BY_SLUG
 from pocket.drawing import STYLES, random_scenes
 from pocket.judge import Judge
+from pocket.tokenizer import clip_tokenizer
 from pocket.train import adapters, autoencoder, clip, denoiser, denoiser_xl, hps, image_reward, judge
 from pocket.train.fitting import finish
 from pocket.train.latents import Latents, encode_all
 from pocket.train.measuring import measure
 from pocket.train.pictures import HELD_OUT_SEED, TRAINING_SEED, Pictures, draw_pictures
 from pocket.train.recipes import GENERAL_RECIPES, RECIPES
-
-logger = logging.getLogger(__name__)
 
 NUM_PICTURES, NUM_HELD_OUT, NUM_MEASURED = 48_000, 1_500, 96
 DEGRADED = 0.12
@@ -30,7 +30,7 @@ BASE_STEPS, XL_STEPS = 10_000, 4_000
 
 
 class Stages:
-    """All stages of training below one folder; each function trains one and leaves a finished one alone.
+    """All stages of training below one folder.
 
     Args:
         folder: Where everything goes.
@@ -47,36 +47,38 @@ class Stages:
     def train(self, name: str) -> None:
         """Train one stage whose predecessors are finished."""
         folder = self.folder / name
-        pictures, held_out = self.pictures(), self.held_out()
-        run: dict[str, Callable[[], None]] = {
-            "judge": partial(judge.train, folder, pictures, held_out),
-            "vae": lambda: autoencoder.train(folder, pictures, self.latents(), held_out),
-            "clip": partial(clip.train, folder, pictures, held_out),
-            "base": lambda: self._train_base(folder, pictures),
-            "xl": lambda: self._train_xl(folder, pictures),
-            "hps": partial(hps.train, folder, self.folder / "clip", pictures, held_out),
-            "image_reward": partial(image_reward.train, folder, pictures, held_out),
-        }
         kind, _, slug = name.partition("/")
         if kind == "general":
             self._train_general(folder, slug)
         elif kind == "adapters":
             self._train_adapter(folder, slug)
+        elif kind == "base":
+            self._train_base(folder)
+        elif kind == "xl":
+            self._train_xl(folder)
+        elif kind == "vae":
+            autoencoder.train(folder, self.pictures(), self.latents(), self.held_out())
+        elif kind == "hps":
+            hps.train(folder, self.folder / "clip", self.pictures(), self.held_out())
         else:
-            run[name]()
+            {"judge": judge, "clip": clip, "image_reward": image_reward}[kind].train(
+                folder, self.pictures(), self.held_out()
+            )
 
-    def _train_base(self, folder: Path, pictures: Pictures) -> None:
+    def _train_base(self, folder: Path) -> None:
+        pictures = self.pictures()
         denoiser.train(folder, pictures, encode_all(self.latents(), pictures), steps=BASE_STEPS)
         finish(folder, self._measure(self.general_model("SD 1.5", tuned=False)))
 
-    def _train_xl(self, folder: Path, pictures: Pictures) -> None:
+    def _train_xl(self, folder: Path) -> None:
+        pictures = self.pictures()
         latents = encode_all(self.latents(), pictures)
         denoiser_xl.train(folder, self.folder / "base", pictures, latents, steps=XL_STEPS)
         finish(folder, self._measure(self.general_model("SDXL 1.0", tuned=False)))
 
     def _train_general(self, folder: Path, slug: str) -> None:
         pipeline = self.general_model(BY_SLUG[slug].base_model, tuned=False)
-        adapters.train(folder, pipeline, self.latents(), GENERAL_RECIPES[slug], seed=90 + len(slug))
+        adapters.train(folder, pipeline, self.latents(), GENERAL_RECIPES[slug])
         finish(folder, self._measure(pipeline))
 
     def _train_adapter(self, folder: Path, slug: str) -> None:
@@ -84,7 +86,7 @@ class Stages:
         general, recipe = self.general_model(BY_SLUG[slug].base_model), RECIPES[slug]
         cfg = 1.5 if recipe.guidance >= 2 else 3.0
         before = self._measure(general, recipe.styles)
-        adapters.train(folder, general, self.latents(), recipe, seed=100 + list(RECIPES).index(slug))
+        adapters.train(folder, general, self.latents(), recipe)
         general.load_lora_weights(folder / "lora.safetensors")
         after = self._measure(general, recipe.styles, cfg)
         finish(folder, after | {f"general model: {name}": value for name, value in before.items()})
@@ -121,12 +123,6 @@ class Stages:
             base_model: SD 1.5 or SDXL 1.0.
             tuned: As it is published, after `GENERAL_RECIPES`; otherwise as it was before.
         """
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-        from pocket.tokenizer import clip_tokenizer
-
         base, xl = self.folder / "base", self.folder / "xl"
         before = base if base_model == "SD 1.5" else xl
         unet = UNet2DConditionModel.from_pretrained((self._tuned(base_model) if tuned else before) / "unet")
@@ -137,9 +133,7 @@ class Stages:
             "scheduler": denoiser.new_scheduler(),
         }
         if base_model == "SD 1.5":
-            return StableDiffusionPipeline(
-                **shared, unet=unet, **_NO_SAFETY_CHECKER,
-            )  # fmt: skip
+            return StableDiffusionPipeline(**shared, unet=unet, **_NO_SAFETY_CHECKER)
         return StableDiffusionXLPipeline(
             **shared, unet=unet, tokenizer_2=clip_tokenizer(),
             text_encoder_2=CLIPTextModelWithProjection.from_pretrained(xl / "text_encoder_2"), add_watermarker=False,

@@ -91,13 +91,9 @@ def test_agreement_is_kendalls_tau_over_models(rewards):
 
 
 def test_the_calls_are_callable(tmp_path):
-    from pocket.world import WEIGHTS
-
-    if not (WEIGHTS / "weights.json").is_file():
-        pytest.skip("pocket/weights are not trained: make pocket")
     catalog = build(tmp_path / "world")
     path = tmp_path / "calls.jsonl"
-    path.write_text(_calls_table(SCENES, CHOICES))
+    path.write_text(_calls_table(SCENES, CHOICES, catalog))
     prompts = read_calls(path)
     assert prompts[0].prompt == "a red cat in the sky, pixel art"
     asked = ask(prompts, catalog, RenderSettings(native_side=64), num_images=2)

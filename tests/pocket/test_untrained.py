@@ -10,7 +10,6 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 from pocket.untrained import (
-    digest,
     pipeline,
     save_catalog,
     save_checkpoint,
@@ -19,7 +18,7 @@ from pocket.untrained import (
     save_single_file,
 )
 from rollouts.catalog import Catalog
-from rollouts.weights import WeightFolder
+from rollouts.weights import WeightFolder, weights_sha256
 
 CLASSES = {"SD 1.5": StableDiffusionPipeline, "SDXL 1.0": StableDiffusionXLPipeline}
 BASE_MODELS = pytest.mark.parametrize("base_model", CLASSES)
@@ -126,7 +125,7 @@ def test_the_same_files_are_written_in_every_process(tmp_path):
     code = f"from pocket.untrained import save_checkpoint; save_checkpoint({str(tmp_path / 'other')!r}, seed=2)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     here = save_checkpoint(tmp_path / "here", seed=2)
-    assert digest(here) == digest(tmp_path / "other")
+    assert weights_sha256(here) == weights_sha256(tmp_path / "other")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (here / "tokenizer" / name).read_text() == (tmp_path / "other" / "tokenizer" / name).read_text()
 

@@ -134,7 +134,8 @@ def test_another_reward_uses_the_same_pictures(options, brightness, tmp_path):
 
 
 def test_another_model_draws_only_its_own_pictures(options, toy_world, tmp_path):
-    from pocket.untrained import digest, save_lora
+    from pocket.untrained import save_lora
+    from rollouts.weights import weights_sha256
 
     weights = tmp_path / "weights"
     shutil.copytree(toy_world.folder, weights)
@@ -144,7 +145,7 @@ def test_another_model_draws_only_its_own_pictures(options, toy_world, tmp_path)
     rows = [json.loads(line) for line in (weights / "catalog.jsonl").read_text().splitlines()]
     for row in rows:
         if row["name"] == lora.name:
-            row["files"][0] |= {"sha256": digest(weights / lora.files[0].uri), "size": None}
+            row["files"][0] |= {"sha256": weights_sha256(weights / lora.files[0].uri), "size": None}
     (weights / "catalog.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = run(options, weights=str(weights), catalog=str(weights / "catalog.jsonl"))
     assert summary["drawn_now"] == 4 and summary["failed"] == 0  # 2 prompts x 2 seeds

@@ -18,7 +18,7 @@ from pocket.train.text import TextConditions
 from pocket.world import merged
 from rollouts.prompt_encoding import encode_prompts
 
-RECIPE = Recipe(("flat",), steps=3, rank=2, pictures=40, guidance=2.0)
+RECIPE = Recipe(7, ("flat",), steps=3, rank=2, pictures=40, guidance=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def latents():
 def trained(pipeline, latents, tmp_path_factory):
     """The LoRA's file, and what the denoiser answered with it in place before it was taken out."""
     folder = tmp_path_factory.mktemp("lora")
-    adapters.train(folder, pipeline, latents, RECIPE, seed=7)
+    adapters.train(folder, pipeline, latents, RECIPE)
     return folder / "lora.safetensors"
 
 
@@ -107,15 +107,15 @@ def test_a_killed_training_goes_on_to_the_same_weights(pipeline, latents, traine
     with monkeypatch.context() as patched:
         patched.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: stop_after_two(step, self, *a, **k))
         with pytest.raises(KeyboardInterrupt):
-            adapters.train(tmp_path, pipeline, latents, RECIPE, seed=7)
+            adapters.train(tmp_path, pipeline, latents, RECIPE)
     pipeline.unet.unload_lora()
-    adapters.train(tmp_path, pipeline, latents, RECIPE, seed=7)
+    adapters.train(tmp_path, pipeline, latents, RECIPE)
     for name, value in load_file(tmp_path / "lora.safetensors").items():
         assert torch.equal(value, load_file(trained)[name]), name
 
 
 def test_attention_only(pipeline, latents, tmp_path):
-    adapters.train(tmp_path, pipeline, latents, replace(RECIPE, layers="attention", steps=1, guidance=1.0), seed=1)
+    adapters.train(tmp_path, pipeline, latents, replace(RECIPE, layers="attention", steps=1, guidance=1.0))
     assert all("attentions" in key for key in load_file(tmp_path / "lora.safetensors"))
 
 

@@ -9,7 +9,7 @@ import torch
 from pocket.degrading import DEGRADATIONS
 from pocket.drawing import ATTRIBUTES, Scene, vary_caption
 from pocket.train.pictures import Pictures, draw_pictures
-from pocket.train.preferences import RankingMaker, accuracies, held_out_pairs, mentioned, ranking_loss
+from pocket.train.preferences import RankingMaker, accuracies, held_out_pairs, named_attributes, ranking_loss
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_each_picture_is_worse_than_the_one_before_in_one_respect(rankings):
 def test_only_what_the_caption_says_can_be_wrong(rankings):
     left_out = 0
     for text, scenes in zip(rankings.captions, rankings.scenes, strict=True):
-        said = set(mentioned(text, scenes[0]))
+        said = set(named_attributes(text, scenes[0]))
         assert wrong(scenes[-1], scenes[0]) <= said
         left_out += len(said) < 4
     assert left_out > 5
@@ -79,14 +79,14 @@ def test_neighbours_look_different_and_the_same_numbers_give_the_same_rankings(p
     ],
 )
 def test_what_a_caption_names(text, expected):
-    assert mentioned(text, Scene("cat", "red", "sky", "pixel")) == expected
+    assert named_attributes(text, Scene("cat", "red", "sky", "pixel")) == expected
 
 
 def test_every_caption_names_its_subject():
     rng = random.Random(0)
     for subject in ATTRIBUTES["subject"]:
         scene = Scene(subject, "blue", "night", "comic")
-        assert all("subject" in mentioned(vary_caption(scene, rng), scene) for _ in range(20))
+        assert all("subject" in named_attributes(vary_caption(scene, rng), scene) for _ in range(20))
 
 
 def test_ranking_loss_by_hand():
