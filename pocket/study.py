@@ -169,6 +169,8 @@ def agreement(drawn: Drawn, qualities: np.ndarray) -> dict[str, float]:
 def right_captions(drawn: Drawn, pictures: np.ndarray) -> dict[str, float]:
     """How often CLIP prefers a picture's caption to all that differ in one attribute, for the best call of each style.
 
+    That call is chosen on one half of the pictures and looked at in the other: CLIP has a part in the reward.
+
     Args:
         drawn: Rewards say which call is the best for the prompts of a style.
         pictures: uint8, (prompts, choices, images, 64, 64, 3).
@@ -179,9 +181,9 @@ def right_captions(drawn: Drawn, pictures: np.ndarray) -> dict[str, float]:
     right: dict[str, list[bool]] = {attribute: [] for attribute in ATTRIBUTES}
     for style in STYLES:
         rows = [row for row, scene in enumerate(drawn.scenes) if scene.style == style]
-        best = int(drawn.rewards[rows].mean((0, 2)).argmax())
+        best = int(drawn.rewards[rows][..., ::2].mean((0, 2)).argmax())
         for row in rows:
-            images = [Image.fromarray(picture) for picture in pictures[row, best]]
+            images = [Image.fromarray(picture) for picture in pictures[row, best, 1::2]]
             for attribute, values in ATTRIBUTES.items():
                 captions = [caption(replace(drawn.scenes[row], **{attribute: value})) for value in values]
                 scores = clip(captions * len(images), [image for image in images for _ in values])
@@ -213,7 +215,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         f"| {name} | {entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}] |"
         for name, entry in report["ways"].items()
     ]
-    lines += ["", "| model | prompts it is best for |", "| --- | --- |"]
+    lines += ["", "| model | prompts it is best for, by the mean of all pictures |", "| --- | --- |"]
     lines += [f"| {name} | {count} |" for name, count in report["best_model_by_prompt"].items()]
     lines += ["", "| model | best parameters on its own style |", "| --- | --- |"]
     lines += [f"| {name} | {entry['best']} |" for name, entry in report["settings_on_own_style"].items()]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pocket.catalogue import BY_SLUG
-from pocket.drawing import Scene
+from pocket.drawing import STYLES, Scene, draw, random_scenes
 from pocket.study import (
     SETTINGS,
     Choice,
@@ -16,6 +16,7 @@ from pocket.study import (
     agreement,
     community_shares,
     compare,
+    right_captions,
     to_markdown,
 )
 from pocket.world import build
@@ -88,6 +89,18 @@ def test_agreement_is_kendalls_tau_over_models(rewards):
     # 6 pairs of models: 0-1, 0-2, 0-3 agree, 1-2, 1-3, 2-3 don't
     assert agreement(drawn(rewards), quality) == {"clip_score": 0.0, "hps_v2": 0.0, "unified": 0.0}
     assert agreement(drawn(quality), quality) == {"clip_score": 1.0, "hps_v2": -1.0, "unified": 1.0}
+
+
+def test_right_captions_are_asked_of_the_half_that_did_not_choose():
+    """The first of two calls is the better one on even pictures, where captions don't count."""
+    scenes = [scene for style in STYLES for scene in random_scenes(2, 5, held_out=True, styles=(style,))]
+    right, wrong = draw(scenes, 1), draw(random_scenes(len(scenes), 77), 2)
+    rewards = np.tile(np.array([[0.9, 0.1], [0.5, 0.5]]), (len(scenes), 1, 1))
+    pictures = np.stack([np.stack([[wrong[i], right[i]], [wrong[i], wrong[i]]]) for i in range(len(scenes))])
+    found = right_captions(Drawn(scenes, CHOICES[:2], rewards, {}, []), pictures)
+    assert min(found.values()) >= 11 / 12
+    swapped = right_captions(Drawn(scenes, CHOICES[:2], rewards[:, ::-1], {}, []), pictures)
+    assert max(swapped.values()) < 0.6
 
 
 def test_the_calls_are_callable(tmp_path):
