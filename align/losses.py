@@ -224,6 +224,8 @@ def _logistic(
 ) -> PreferenceLoss:
     pairs = ranked_pairs(rewards, present, min_gap)
     ahead = scores.unsqueeze(1) - scores.unsqueeze(2)  # (P, i, j): how much j is ahead of i
+    # Also before the sigmoid: a NaN (-inf less -inf) would give NaN gradients although it is not used.
+    ahead = torch.where(pairs, ahead, 0.0)
     rank = _over_pairs(-F.logsigmoid(beta * ahead - margin), pairs, pair_reduction)
     ce = _best_nll(token_logps, mask, rewards, present, ce_per_token)
     return PreferenceLoss(rank_weight * rank + ce_weight * ce, rank, ce)

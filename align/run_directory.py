@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rewards.files import write_atomically
+from rollouts.dialogue import Dialogue
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,42 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
             continue
         found.append((int(step), str(path)))
     return max(found)[1] if found else None
+
+
+def resume_from(training: TrainingArguments, *, auto_resume: bool) -> str | None:
+    """The checkpoint to go on from: the one that was asked for, else the last complete one, else None.
+
+    Args:
+        training: Its `resume_from_checkpoint` and `output_dir`.
+        auto_resume: Look for the last one.
+    """
+    if training.resume_from_checkpoint:
+        return str(training.resume_from_checkpoint)
+    found = last_complete_checkpoint(str(training.output_dir)) if auto_resume else None
+    if found:
+        logger.info("going on from %s", found)
+    return found
+
+
+def save_policy(trainer: Trainer, dialogue: Dialogue, output: Path, *, merge_lora: bool) -> None:
+    """Save an ordinary model folder with tokenizer and dialogue format.
+
+    Every process must call this: under ZeRO-3 each holds a piece of the weights.
+
+    Args:
+        trainer: After training.
+        dialogue: Format and tokenizer of its policy.
+        output: The folder.
+        merge_lora: Save an adapter merged into its model. Not under ZeRO-3, whose pieces can't be merged: there the
+            adapter is saved as it is.
+    """
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if merge_lora and hasattr(model, "merge_and_unload") and not trainer.is_deepspeed_enabled:
+        trainer.model = model.merge_and_unload()
+    trainer.save_model(str(output))
+    if trainer.is_world_process_zero():
+        dialogue.tokenizer.save_pretrained(output)
+        dialogue.form.save(output)
 
 
 def write_model_card(

@@ -17,7 +17,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from align.distributed import prepare_cpu_deepspeed
 from align.pairs import DataError, encode_pairs, load_pairs, response_text
-from align.run_directory import MetricsFile, last_complete_checkpoint, write_model_card
+from align.run_directory import MetricsFile, resume_from, save_policy, write_model_card
 from align.sample_answers import SampleAnswers
 from align.scratch import ScratchConfig, build_from_scratch, train_bpe_tokenizer
 from rewards.commandline import ConfigError, run_command, save_config
@@ -95,7 +95,7 @@ def main(args: SFTArguments, training: SFTConfig, model_args: ModelConfig, scrat
     if trainer.is_world_process_zero():
         save_config(output / "config.yaml", scratch, model_args, training, args)
         dialogue.form.save(output)
-    trainer.train(resume_from_checkpoint=_resume_from(args, training))
+    trainer.train(resume_from_checkpoint=resume_from(training, auto_resume=args.auto_resume))
     metrics = trainer.evaluate() if training.eval_strategy != "no" else {}
     facts |= {
         "training rows": f"{len(train_rows):,}",
@@ -103,7 +103,7 @@ def main(args: SFTArguments, training: SFTConfig, model_args: ModelConfig, scrat
         "processes": f"{trainer.accelerator.num_processes} ({trainer.accelerator.distributed_type.value})",
         "best checkpoint": trainer.state.best_model_checkpoint or "-",
     }
-    _save(trainer, args, dialogue, output)
+    save_policy(trainer, dialogue, output, merge_lora=args.merge_lora)
     if trainer.is_world_process_zero():
         title = f"DiffAgent-SFT for {args.architecture}"
         write_model_card(output, title=title, command=_command(), facts=facts, metrics=metrics)
@@ -182,26 +182,6 @@ def _callbacks(args: SFTArguments, output: Path, dialogue: Dialogue, rows: Any) 
         else:
             logger.warning("No sample answers: there is no %s; name one with --catalog.", path)
     return callbacks
-
-
-def _resume_from(args: SFTArguments, training: SFTConfig) -> str | None:
-    if training.resume_from_checkpoint:
-        return training.resume_from_checkpoint
-    found = last_complete_checkpoint(str(training.output_dir)) if args.auto_resume else None
-    if found:
-        logger.info("going on from %s", found)
-    return found
-
-
-def _save(trainer: SFTTrainer, args: SFTArguments, dialogue: Dialogue, output: Path) -> None:
-    """Save an ordinary model folder. Every process takes part: under ZeRO-3 each holds a piece of the weights."""
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    # ZeRO-3 can't merge pieces; there the adapter is saved as it is.
-    if args.merge_lora and hasattr(model, "merge_and_unload") and not trainer.is_deepspeed_enabled:
-        trainer.model = model.merge_and_unload()
-    trainer.save_model(str(output))
-    if trainer.is_world_process_zero():
-        dialogue.tokenizer.save_pretrained(output)
 
 
 def _command() -> str:

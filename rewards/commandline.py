@@ -8,7 +8,7 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast, get_type_hints
 
@@ -93,6 +93,36 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def check_nested(where: str, options: Any, cls: type[Any], set_here: Collection[str] = ()) -> None:
+    """Check a mapping of another command's options that stands inside a configuration.
+
+    Args:
+        where: Its key, for messages.
+        options: What stands there.
+        cls: That command's dataclass.
+        set_here: Fields that the outer command sets itself.
+
+    Raises:
+        ValueError: No mapping, an unknown key (with the nearest known one), one of `set_here`, or a wrong type.
+    """
+    if not isinstance(options, Mapping):
+        raise ValueError(f"`{where}` must be a mapping of options, but is {options!r}.")
+    known = {field.name for field in dataclasses.fields(cls)} - set(set_here)
+    hints = get_type_hints(cls)
+    for key, value in options.items():
+        if key in set_here:
+            raise ValueError(f"`{where}.{key}` is set by this command; leave it out.")
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else f" It may hold {', '.join(sorted(known))}."
+            raise ValueError(f"`{where}`: unknown option `{key}`.{hint}")
+        try:
+            TypeAdapter(hints[key]).validate_python(value, strict=True)
+        except ValidationError as error:
+            message = error.errors(include_url=False)[0]["msg"]
+            raise ValueError(f"`{where}.{key}` is {value!r}: {message}.") from error
+
+
 def save_config(path: Path, *configs: Any) -> None:
     """Write resolved configurations as one YAML mapping (atomically); keys that hold a secret are left out."""
     merged: dict[str, Any] = {}
@@ -140,12 +170,12 @@ def _config_path(args: list[str]) -> Path | None:
 
 
 def _check_types(cls: type[Any], values: dict[str, Any], where: Path | str) -> None:
-    """Check options of one of our own dataclasses; those of TRL and transformers check themselves."""
-    if cls.__module__.split(".")[0] in ("trl", "transformers"):
-        return
+    """Check options that our own dataclasses define; those of TRL and transformers check themselves."""
+    own = [base for base in cls.__mro__ if base.__module__.split(".")[0] not in ("trl", "transformers")]
+    names = {name for base in own for name in vars(base).get("__annotations__", {})}
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        if field.name not in values:
+        if field.name not in values or field.name not in names:
             continue
         value, hint = values[field.name], hints[field.name]
         if field.default is None:

@@ -1,8 +1,8 @@
 """Tables of calls, as `rollouts.candidates` and others write them, and the pictures they ask for.
 
 A table has a row per prompt: `prompt_id`, `instruction` ({"prompt", "negative prompt"} or just the prompt) and
-`candidates`, each with a `call` (or null and an `error` that says why) and, if known, its `response` and `origin`.
-A row may instead have a single `call` of its own. JSON Lines or Parquet.
+`candidates`, each with a `call` (or null and an `error` that says why) and, if known, its `response` and `origin`; and,
+if a policy proposed them, `policy`, its fingerprint. A row may instead have a single `call`. JSON Lines or Parquet.
 """
 
 import hashlib
@@ -40,6 +40,7 @@ class PromptCalls:
     prompt: str
     negative_prompt: str
     candidates: list[Candidate]
+    policy: str | None = None
 
 
 @dataclass
@@ -144,7 +145,8 @@ def _prompt_calls(where: str, row: Any) -> PromptCalls:
     prompt_id = row.get("prompt_id", row.get("id"))
     if prompt_id is None:
         prompt_id = hashlib.sha256(json.dumps([prompt, negative]).encode()).hexdigest()[:16]
-    return PromptCalls(str(prompt_id), prompt, negative, [_candidate(where, entry) for entry in candidates])
+    read = [_candidate(where, entry) for entry in candidates]
+    return PromptCalls(str(prompt_id), prompt, negative, read, row.get("policy"))
 
 
 def _candidate(where: str, entry: Any) -> Candidate:

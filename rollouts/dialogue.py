@@ -7,7 +7,7 @@ a pair is always encoded as the tokens of the prompt followed by the tokens of t
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,6 +126,19 @@ class Dialogue:
         prompt_ids, response_ids, shortened = self._fit(self.user_text(instruction), response, max_tokens)
         labels = [-100] * len(prompt_ids) + response_ids
         return Encoded(prompt_ids + response_ids, labels, shortened)
+
+    def response_ids(self, beginnings: Sequence[str]) -> list[list[int]]:
+        """Token ids of responses that begin like this, without an end token: what a policy has written so far.
+
+        The last token may be another one once the text goes on, as tokens reach across what is written later.
+
+        Raises:
+            DialogueError: As `encode` does.
+        """
+        self._encode_parts("", "{")  # refuses a template that does not suit
+        rest = self._render("", "{")[len(self._render("", None)) :]
+        lead = rest[: rest.index("{")]  # white space that the template or the plain form puts first
+        return [self._ids(lead + self._defuse(text)) for text in beginnings]
 
     def decode(self, response_ids: Any) -> str:
         """The response's text, without control tokens and surrounding white space."""

@@ -72,13 +72,11 @@ def generate_responses(
         progress: Show a progress bar.
     """
     prompts = [dialogue.encode_prompt(instruction, max_prompt_tokens) for instruction in instructions]
-    # Similar lengths share a batch: less padding. Longest first: running out of memory shows at once.
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = batches_by_length(prompts, batch_size)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if do_sample:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    with tqdm(total=len(order), desc="answering", unit=" prompts", disable=not progress, mininterval=1.0) as bar:
+    with tqdm(total=len(prompts), desc="answering", unit=" prompts", disable=not progress, mininterval=1.0) as bar:
         for batch in batches:
             if not skip.issuperset(batch):
                 yield from (
@@ -87,6 +85,25 @@ def generate_responses(
                     if response.index not in skip
                 )
             bar.update(len(batch))
+
+
+def batches_by_length(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """Indices of prompts, `batch_size` at a time: similar lengths share a batch, which means less padding.
+
+    The longest come first, so that running out of memory shows at once.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def left_padded(
+    prompts: Sequence[Sequence[int]], pad: int, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of a batch: every prompt ends where its response begins. Shape (prompts, tokens)."""
+    width = max(map(len, prompts))
+    rows = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
 
 
 @torch.inference_mode()
@@ -102,18 +119,16 @@ def _answer_batch(
     tokenizer = dialogue.tokenizer
     end = cast(int, tokenizer.eos_token_id)  # Dialogue refuses tokenizers without one
     pad = end if tokenizer.pad_token_id is None else cast(int, tokenizer.pad_token_id)
-    width = max(len(prompts[i]) for i in batch)
-    # Left padding: every prompt ends where its response begins.
-    rows = [[pad] * (width - len(prompts[i])) + prompts[i] for i in batch]
-    mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch]
     device = policy.device
+    input_ids, attention_mask = left_padded([prompts[i] for i in batch], pad, device)
+    width = input_ids.shape[1]
     started = time.perf_counter()
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed((seed * 1_000_003 + batch[0]) % 2**63)
         output = cast(Any, policy).generate(
-            input_ids=torch.tensor(rows, device=device),
-            attention_mask=torch.tensor(mask, device=device),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
             eos_token_id=end,

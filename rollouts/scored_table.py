@@ -1,9 +1,10 @@
 """Scored candidates: what a rollout ends in and RRHF learns from, as a table that `datasets.load_dataset` reads.
 
-A row per prompt: `prompt_id`, `instruction`, and `candidates`, each with `response`, `call` (null if it is none),
-`origin`, `seeds`, `images` (where each picture lies, or null), `scores` ({scorer: [one per picture]}), `reward`
-(DiffAgent Eq. 5: the mean of the unified metric over the pictures that have all scores; or null),
-`reward_standard_error` and `error` (why there is no reward, or how many pictures it lacks).
+A row per prompt: `prompt_id`, `instruction`, `policy` (fingerprint of who proposed the calls, or null) and
+`candidates`, each with `response`, `call` (null if it is none), `origin`, `seeds`, `images` (where each picture lies,
+or null), `scores` ({scorer: [one per picture]}), `image_rewards` (the unified metric of each picture, DiffAgent Eq. 6,
+or null), `reward` (Eq. 5: their mean over the pictures that have all scores; or null), `reward_standard_error` and
+`error` (why there is no reward, or how many pictures it lacks).
 """
 
 import io
@@ -41,6 +42,7 @@ def scored_rows(
         {
             "prompt_id": prompt.prompt_id,
             "instruction": {"prompt": prompt.prompt, "negative prompt": prompt.negative_prompt},
+            "policy": prompt.policy,
             "candidates": [],
         }
         for prompt in prompts
@@ -49,7 +51,7 @@ def scored_rows(
         candidate = prompts[entry.row].candidates[entry.column]
         keys = [job.key for job in entry.jobs]
         found = {name: [of_scorer.get(key) for key in keys] for name, of_scorer in scores.items()}
-        reward, standard_error = _reward(found, metric)
+        rewards, reward, standard_error = _reward(found, metric, len(keys))
         rows[entry.row]["candidates"].append(
             {
                 "response": candidate.response,
@@ -58,6 +60,7 @@ def scored_rows(
                 "seeds": entry.seeds,
                 "images": [images.get(key) for key in keys],
                 "scores": found,
+                "image_rewards": rewards,
                 "reward": reward,
                 "reward_standard_error": standard_error,
                 "error": _error(entry, keys, failures, found),
@@ -85,12 +88,15 @@ def fit_on(asked: Sequence[Asked], scores: Mapping[str, Mapping[str, float]], po
     return UnifiedMetric.fit({name: _as_floats(v) for name, v in values.items()}, population=population)
 
 
-def _reward(found: Mapping[str, list[float | None]], metric: UnifiedMetric | None) -> tuple[float | None, float | None]:
+def _reward(
+    found: Mapping[str, list[float | None]], metric: UnifiedMetric | None, num_images: int
+) -> tuple[list[float | None], float | None, float | None]:
+    """Of each picture, their mean, and its standard error."""
     if metric is None or not any(found.values()):
-        return None, None
+        return [None] * num_images, None, None
     values = metric({name: _as_floats(of_scorer) for name, of_scorer in found.items()}).values
     of_call = per_call(values, ["call"] * len(values))["call"]
-    return _or_none(of_call.mean), _or_none(of_call.standard_error)
+    return [_or_none(value) for value in values.tolist()], _or_none(of_call.mean), _or_none(of_call.standard_error)
 
 
 def _error(
@@ -125,7 +131,9 @@ def _schema(scorers: Sequence[str]) -> Any:
     candidate = pa.struct(
         [("response", text), ("call", call), ("origin", text), ("seeds", pa.list_(pa.int64())),
          ("images", pa.list_(text)), *scores,  # Parquet has no objects without fields
-         ("reward", number), ("reward_standard_error", number), ("error", text)]
+         ("image_rewards", pa.list_(number)), ("reward", number), ("reward_standard_error", number), ("error", text)]
     )  # fmt: skip
     instruction = pa.struct([("prompt", text), ("negative prompt", text)])
-    return pa.schema([("prompt_id", text), ("instruction", instruction), ("candidates", pa.list_(candidate))])
+    return pa.schema(
+        [("prompt_id", text), ("instruction", instruction), ("policy", text), ("candidates", pa.list_(candidate))]
+    )

@@ -106,21 +106,26 @@ def config_classes(path):
     from trl import ModelConfig, SFTConfig
 
     from align.bench.config import DABenchConfig
+    from align.evaluation.diffagent import DiffAgentTablesConfig
     from align.evaluation.hallucination import HallucinationConfig
+    from align.rrhf import RRHFArguments
     from align.scratch import ScratchConfig
     from align.sft import SFTArguments
+    from align.trainers import RRHFConfig
     from rewards.score import ScoreConfig
     from rewards.serve import RewardServiceConfig
     from rollouts.plan import PlanConfig
     from rollouts.run import RunConfig
 
     commands = {
+        "align/rrhf.py": (RRHFArguments, RRHFConfig, ModelConfig),
         "rewards.score": (ScoreConfig,),
         "rewards.serve": (RewardServiceConfig,),
         "rollouts.run": (RunConfig,),
         "rollouts.plan": (PlanConfig,),
         "align/sft.py": (SFTArguments, SFTConfig, ModelConfig, ScratchConfig),
         "align.bench.dabench": (DABenchConfig,),
+        "align.evaluation.diffagent": (DiffAgentTablesConfig,),
         "align.evaluation.hallucination": (HallucinationConfig,),
         "make demo": {
             "sft.yaml": (SFTArguments, SFTConfig, ModelConfig, ScratchConfig),
@@ -141,6 +146,7 @@ def test_config_file_is_read_by_its_command(path, tmp_path, monkeypatch):
     # bf16 is refused where there is neither a GPU nor `use_cpu`; the key itself is what is tested here.
     rollout = ["--calls", "c", "--catalog", "c", "--weights", "w", "--output", "o"]
     required = {"dabench.yaml": ["--source", "s", "--output", "o"], "score.yaml": ["--source", "s", "--output", "o"]}
+    required["tables.yaml"] = ["--dataset", "d", "--output_dir", "o", "--weights", "w"]
     required |= {"run.yaml": rollout, "ray.yaml": rollout, "rollout.yaml": rollout}
     flags = required.get(
         path.name, [] if path.name in ("serve.yaml", "plan.yaml") else ["--dataset", "d", "--output_dir", "o"]

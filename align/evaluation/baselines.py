@@ -3,12 +3,14 @@
 Each baseline maps instructions to calls of the catalogue, so it never hallucinates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from rollouts.api import APICall
+from align.pairs import DataError
+from rewards.commandline import ConfigError
+from rollouts.api import APICall, APICallError
 from rollouts.catalog import Catalog, CatalogError
 
 
@@ -20,6 +22,46 @@ class Baseline(Protocol):
     def answer(self, prompts: Sequence[str]) -> list[APICall]:
         """One call per prompt."""
         ...
+
+
+def make_baselines(
+    names: Sequence[str],
+    rows: Any,
+    catalog: Catalog,
+    architecture: str,
+    *,
+    sentence_encoder: str | None = None,
+    where: str = "DABench",
+) -> Iterator[Baseline]:
+    """Baselines by the names that options have for them, each made when it is asked for.
+
+    Args:
+        names: Any of popular, tfidf, embedding.
+        rows: DABench's training split.
+        catalog: What can be called.
+        architecture: Of the models.
+        sentence_encoder: For `embedding`.
+        where: What `rows` is from, for messages.
+
+    Raises:
+        DataError: A training row whose call is none.
+        ConfigError: A package that is not installed.
+    """
+    prompts = [row["instruction"]["prompt"] for row in rows]
+    try:
+        calls = [APICall.from_dict(row["api"]) for row in rows]
+    except APICallError as error:
+        raise DataError(f"{where}, split sft: {error}") from error
+    for name in names:
+        try:
+            if name == "popular":
+                yield MostPopular(catalog, architecture)
+            elif name == "tfidf":
+                yield TfidfNeighbour(prompts, calls)
+            else:
+                yield EmbeddingNeighbour(prompts, calls, str(sentence_encoder))
+        except ImportError as error:
+            raise ConfigError(str(error)) from error
 
 
 class MostPopular:

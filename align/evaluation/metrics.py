@@ -36,6 +36,45 @@ def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMP
     return Estimate(float(data.mean()), float(low), float(high), int(data.size))
 
 
+def bootstrap_runs(runs: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+    """Mean over runs (training seeds) of their means, with a two-level interval: runs are drawn, then items in each.
+
+    Runs count alike, however many items they have. With few runs a percentile interval is on the short side.
+
+    Args:
+        runs: Values of each run.
+        seed: Of the resamples; a single run gives what `bootstrap` gives.
+        resamples: How many.
+
+    Raises:
+        ValueError: If there is no run, or one without values.
+    """
+    data = [np.asarray(values, dtype=np.float64) for values in runs]
+    if len(data) == 1:
+        return bootstrap(runs[0], seed=seed, resamples=resamples)
+    if not data or any(values.size == 0 for values in data):
+        raise ValueError("A mean of no values does not exist: every run needs at least one.")
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, len(data), (resamples, len(data)))
+    means = np.empty(drawn.shape)
+    for run, values in enumerate(data):
+        of_run = drawn == run
+        items = rng.integers(0, values.size, (int(of_run.sum()), values.size), dtype=np.int32)
+        means[of_run] = values[items].mean(1)
+    low, high = np.quantile(means.mean(1), [0.025, 0.975])
+    value = float(np.mean([values.mean() for values in data]))
+    return Estimate(value, float(low), float(high), sum(values.size for values in data))
+
+
+def selection_entropy(models: Sequence[str]) -> float:
+    """Entropy of the distribution of chosen models, in nats; its exponential is the effective number of models.
+
+    0 if one model is always chosen (or none): what reinforcement from rewards can collapse to.
+    """
+    shares = np.array(list(Counter(models).values()), dtype=np.float64) / max(1, len(models))
+    return float(-(shares * np.log(shares)).sum()) + 0.0  # no -0.0
+
+
 def hallucination(judged: Sequence[Judged]) -> tuple[Estimate, dict[str, int]]:
     """Share of responses that can't be called (DiffAgent Table 1, as a fraction), and how many for each reason."""
     counts = Counter(j.reason for j in judged if j.reason is not None)

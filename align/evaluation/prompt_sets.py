@@ -23,9 +23,42 @@ class PromptSet(NamedTuple):
     instructions: list[Any]
     references: list[dict[str, Any]] | None
 
+    @property
+    def slug(self) -> str:
+        """The name as part of a file name."""
+        return self.name.lower().replace(" ", "-")
+
 
 class PromptFileError(ValueError):
     """A prompt file that can't be read; the message names the file and the column."""
+
+
+def evaluation_prompts(
+    rows: Any,
+    *,
+    parti_prompts: str | Path | None,
+    coco_captions: str | Path | None,
+    num_prompts: int | None,
+    num_dabench: int | None,
+    seed: int,
+) -> list[PromptSet]:
+    """DiffAgent's prompt sets: DABench, and PartiPrompts and COCO captions if there is a file of them.
+
+    Args:
+        rows: The evaluation split of DABench.
+        parti_prompts, coco_captions: See `read_prompts`; None: left out.
+        num_prompts: Random prompts of each file; None: all.
+        num_dabench: Random rows of DABench; None: all.
+        seed: Of the choice.
+
+    Raises:
+        PromptFileError: A file that can't be read.
+    """
+    sets = [dabench_prompts(rows, num_dabench, seed)]
+    for name, path in (("PartiPrompts", parti_prompts), ("COCO captions", coco_captions)):
+        if path is not None:
+            sets.append(read_prompts(name, path, num_prompts, seed))
+    return sets
 
 
 def dabench_prompts(rows: Any, count: int | None, seed: int) -> PromptSet:

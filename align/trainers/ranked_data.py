@@ -4,6 +4,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -136,15 +137,15 @@ def _response_ids(where: str, response: Any, tokenizer: PreTrainedTokenizerBase)
         if not response.strip():
             return []
         return [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    if isinstance(response, Sequence) and all(isinstance(token, int) for token in response):
-        return list(response)
+    if isinstance(response, Sequence) and all(isinstance(token, Integral) for token in response):
+        return [int(token) for token in response]
     raise RankedDataError(f"{where}: `responses` must be texts or token ids, but holds {str(response)[:60]!r}.")
 
 
 def _reward(where: str, value: Any) -> float | None:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or (isinstance(value, Real) and not _known(float(value))):
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isinf(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or math.isinf(value):
         raise RankedDataError(f"{where}: `rewards` must be finite numbers, or null where there is none, not {value!r}.")
     return float(value)
 
@@ -162,10 +163,16 @@ def _gaps(where: str, row: Mapping[str, Any], kept: list[int], count: int, stand
     """Smallest difference that is no tie, for each pair of candidates."""
     if row.get("image_rewards") is not None:
         pictures = _list(where, row, "image_rewards", count)
+        lengths = {len(pictures[i]) if isinstance(pictures[i], Sequence) else -1 for i in kept}
+        if len(lengths) > 1 or -1 in lengths:
+            raise RankedDataError(
+                f"{where}: `image_rewards` must have a list for every candidate with a reward, all of one length (the "
+                f"seeds), but has {str([pictures[i] for i in kept])[:80]}."
+            )
         # The candidates of a prompt share their seeds, so errors are those of the picture-wise differences.
         errors = [[_paired_error(pictures[i], pictures[j]) for j in kept] for i in kept]
     elif row.get("standard_errors") is not None:
-        given = [value or 0.0 for value in _list(where, row, "standard_errors", count)]
+        given = [value if _known(value) else 0.0 for value in _list(where, row, "standard_errors", count)]
         errors = [[math.hypot(given[i], given[j]) for j in kept] for i in kept]
     else:
         raise RankedDataError(
@@ -175,10 +182,15 @@ def _gaps(where: str, row: Mapping[str, Any], kept: list[int], count: int, stand
     return [[standard_errors * error for error in line] for line in errors]
 
 
+def _known(value: float | None) -> bool:
+    return value is not None and not math.isnan(value)
+
+
 def _paired_error(first: Sequence[float | None], second: Sequence[float | None]) -> float:
     differences = torch.tensor(
         [a - b for a, b in zip(first, second, strict=True) if a is not None and b is not None], dtype=torch.float64
     )
+    differences = differences[~differences.isnan()]
     if len(differences) < 2:
         return 0.0
     return float(differences.std() / math.sqrt(len(differences)))

@@ -24,8 +24,8 @@ def ranking_metrics(
 
     Returns:
         `accuracy`: share of ranked pairs whose better candidate is likelier; `violations`: pairs whose worse one is
-        (the terms of Eq. 8); `kendall_tau`: tau-b between p and reward; `margin`: p of the best candidate less the mean of
-        the others; `chosen_reward`, `best_reward`, `mean_reward`: of the likeliest candidate, of the best one, and
+        (the terms of Eq. 8); `kendall_tau`: tau-b between p and reward; `margin`: p of the best candidate less the mean
+        of the others; `chosen_reward`, `best_reward`, `mean_reward`: of the likeliest candidate, of the best one, and
         of all; `regret`: best less chosen.
     """
     pairs = ranked_pairs(rewards, present, min_gap)

@@ -64,10 +64,12 @@ class RRHFConfig(TrainingArguments):
             raise ValueError(
                 f"`beta` ({self.beta}) has no meaning for rrhf; leave it out or choose another `loss_type`."
             )
+        if self.beta is not None and not self.beta > 0:
+            raise ValueError(f"`beta` must be more than 0, but is {self.beta}.")
         if self.pair_reduction not in (None, "sum", "mean"):
             raise ValueError(f"`pair_reduction` must be sum or mean, but is {self.pair_reduction!r}.")
         for name in ("rank_weight", "ce_weight", "margin", "tie_standard_errors", "kl_weight", "length_exponent"):
-            if (value := getattr(self, name)) is not None and value < 0:
+            if (value := getattr(self, name)) is not None and not value >= 0:
                 raise ValueError(f"`{name}` must be 0 or more, but is {value}.")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"`max_length` must be at least 2 (a prompt and a response), but is {self.max_length}.")

@@ -48,7 +48,9 @@ class RRHFTrainer(Trainer):
             or any list of mappings.
         processing_class: The tokenizer; None: that of `model`, if it is a folder.
         peft_config: Train an adapter of this kind (PEFT).
-        compute_metrics, callbacks: As in `Trainer`.
+        compute_metrics: Replaces the ranking metrics of an evaluation. Gets p of each candidate as `predictions`, and
+            a tuple as `label_ids`: rewards (NaN: no such candidate), then gaps and choices, if rows have them.
+        callbacks: As in `Trainer`.
 
     Raises:
         RankedDataError: Rows that can't be read or learned from.
@@ -82,7 +84,8 @@ class RRHFTrainer(Trainer):
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
-        if args.gradient_checkpointing and peft_config is not None:
+        if args.gradient_checkpointing and hasattr(model, "peft_config"):
+            # Frozen embeddings: without it reentrant checkpointing finds nothing that needs a gradient.
             cast(Any, model).enable_input_require_grads()
         if args.disable_dropout:
             _disable_dropout(model)
@@ -109,23 +112,37 @@ class RRHFTrainer(Trainer):
         if self.args.n_gpu > 1:
             raise ValueError(f"One process can't train on {self.args.n_gpu} GPUs; start it with accelerate launch.")
         self.label_names = ["rewards"]
-        if self.is_deepspeed_enabled:
-            # The weights may be in pieces until training has wrapped the model.
+        if self._in_pieces:
+            # Until training has wrapped the model, nothing can be measured; this is exact for any.
+            self.way = Way(packed=False, fused_head=False, reason="not measured yet")
             self.add_callback(_ChooseWay(self))
         else:
             self.way = choose_way(self._inner(self.model), packing=args.packing, longest=self._longest)
 
+    @property
+    def _in_pieces(self) -> bool:
+        """Whether every process holds a part of each weight only (ZeRO-3)."""
+        return self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+
     # Data
 
     def _collate(self, rows: list[Row]) -> Batch:
-        layout = PackedLayout if self.way.packed else PaddedLayout
-        batch = layout(self._pad_token_id, self._num_candidates)(rows)
+        batch = self._lay_out(rows, self._num_candidates)
         if self._choice_names:
             choices = torch.full(batch["rewards"].shape, -1)
             for number, row in enumerate(rows):
                 choices[number, : len(row["choices"])] = torch.tensor(row["choices"])
             batch["choices"] = choices
         return batch
+
+    def _lay_out(self, rows: list[Row], num_candidates: int) -> Batch:
+        layout = PackedLayout if self.way.packed else PaddedLayout
+        return layout(self._pad_token_id, num_candidates)(rows)
+
+    def lay_out(self, rows: list[Row]) -> Batch:
+        """A batch of rows of `prepare_ranked` as the model gets it, on its device."""
+        batch = self._lay_out(rows, max(len(row["rewards"]) for row in rows))
+        return {name: value.to(self.args.device) for name, value in batch.items()}
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | None:
         """Prompts of a step, over all micro-batches and processes: what its loss is a mean over."""
@@ -200,24 +217,33 @@ class RRHFTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; first scores the candidates under the initial policy, if the loss needs that."""
-        if cast(RRHFConfig, self.args).needs_reference and self.train_data is not None:
-            self._score_reference()
+        self._score_reference()
         return super().train(*args, **kwargs)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `Trainer.evaluate`, of the `eval_dataset` given to the trainer; scores the reference like `train`."""
+        self._score_reference()
+        return super().evaluate(*args, **kwargs)
+
     def _score_reference(self) -> None:
-        """Give every row its log-probabilities under the policy as it is now, so that no second model is kept."""
-        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
-            raise ValueError("`kl_weight` and dpo need the initial policy whole: use ZeRO-2, DDP or an adapter.")
+        """Give rows without them log-probabilities under the policy as it is now, so that no second model is kept."""
+        if not cast(RRHFConfig, self.args).needs_reference:
+            return
+        if self._in_pieces:
+            raise ValueError("`kl_weight` and dpo need the initial policy whole: use ZeRO-2 or DDP.")
         model = cast(nn.Module, self.model)
         model.eval()
+        if self.is_deepspeed_enabled:  # it would be moved only when training begins
+            model.to(self.args.device)
         for name, data in (("train_dataset", self.train_data), ("eval_dataset", self.eval_data)):
             if data is None or "ref_token_logps" in data.rows[0]:
                 continue
             size = self.args.per_device_eval_batch_size
             for start in range(0, len(data.rows), size):
                 rows = data.rows[start : start + size]
-                batch = {key: value.to(self.args.device) for key, value in self._collate(rows).items()}
-                with torch.no_grad(), self.compute_loss_context_manager():
+                batch = self.lay_out(rows)
+                # As in training, where accelerate has wrapped the model's forward.
+                with torch.no_grad(), self.accelerator.autocast():
                     logps = token_logps(model, batch, self.way, inner=self._inner(model)).cpu()
                 for row, of_row in zip(rows, logps, strict=True):
                     row["ref_token_logps"] = [
@@ -239,7 +265,7 @@ class RRHFTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         rewards = inputs["rewards"].masked_fill(~inputs["mask"].any(-1), torch.nan)
-        labels = (rewards, inputs["choices"]) if "choices" in inputs else (rewards,)
+        labels = (rewards, *(inputs[name] for name in ("min_gap", "choices") if name in inputs))
         return loss.detach(), None if prediction_loss_only else outputs["logps"], labels
 
     def _ranking_of(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -247,11 +273,12 @@ class RRHFTrainer(Trainer):
         labels = prediction.label_ids if isinstance(prediction.label_ids, tuple) else (prediction.label_ids,)
         rewards = torch.as_tensor(labels[0])
         present = ~rewards.isnan()
-        found = ranking_metrics(logps, rewards, present)
+        gaps = [torch.as_tensor(part) for part in labels[1:] if part.ndim == 3]
+        found = ranking_metrics(logps, rewards, present, gaps[0] if gaps else 0.0)
         numbers = {f"rank/{name}": _mean(values) for name, values in found.items()}
-        if len(labels) > 1:
+        if len(labels) > 1 + len(gaps):
             likeliest = logps.masked_fill(~present, float("-inf")).argmax(1).numpy()
-            chosen = labels[1][np.arange(len(likeliest)), likeliest].tolist()
+            chosen = labels[-1][np.arange(len(likeliest)), likeliest].tolist()
             entropy, effective = selection_entropy(chosen)
             numbers |= {"rank/selection_entropy": entropy, "rank/effective_choices": effective}
         return {name: value for name, value in numbers.items() if not math.isnan(value)}
@@ -323,6 +350,8 @@ def _disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):  # not a module in Llama and its like
+            cast(Any, module).attention_dropout = 0.0
 
 
 def _mean(values: Tensor) -> float:

@@ -8,8 +8,10 @@ import pytest
 from align.evaluation.metrics import (
     argument_accuracy,
     bootstrap,
+    bootstrap_runs,
     hallucination,
     selection_accuracy,
+    selection_entropy,
 )
 from rollouts.api import APICall
 from rollouts.catalog import Catalog, CatalogEntry, Judged
@@ -122,3 +124,25 @@ def test_argument_accuracy():
     assert estimate.value == pytest.approx((5 + 3 + 2 + 4 + 0) / 25)
     assert estimate.n == 5
     assert argument_accuracy(judged[:1], [reference]).value == 1.0
+
+
+def test_runs_are_drawn_before_their_items():
+    # Two runs without spread inside: a resample is (0, 0), (0, 1), (1, 0) or (1, 1).
+    estimate = bootstrap_runs([[0.0, 0.0], [1.0]])
+    assert estimate == (0.5, 0.0, 1.0, 3)
+    assert bootstrap_runs([[1.0, 2.0, 6.0]]) == bootstrap([1.0, 2.0, 6.0])
+    # A normal approximation of the same: variance of the mean of 30 run means, each over 50 items.
+    rng = np.random.default_rng(0)
+    runs = rng.normal(0, 1, (30, 1)) + rng.normal(0, 1, (30, 50))
+    estimate = bootstrap_runs(runs.tolist())
+    spread = np.sqrt((runs.mean(1).var() + (runs.var(1) / 50).mean()) / 30)
+    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * spread, rel=0.06)
+    for empty in ([], [[1.0], []]):
+        with pytest.raises(ValueError, match="A mean of no values"):
+            bootstrap_runs(empty)
+
+
+def test_selection_entropy():
+    assert selection_entropy(["a", "b", "c", "d"]) == pytest.approx(np.log(4))
+    assert selection_entropy(["a", "a", "a", "b"]) == pytest.approx(-0.75 * np.log(0.75) - 0.25 * np.log(0.25))
+    assert str(selection_entropy(["a", "a"])) == "0.0" and selection_entropy([]) == 0
