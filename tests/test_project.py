@@ -114,6 +114,7 @@ def config_classes(path):
     from align.trainers import RRHFConfig
     from rewards.score import ScoreConfig
     from rewards.serve import RewardServiceConfig
+    from rollouts.candidates import CandidatesConfig
     from rollouts.plan import PlanConfig
     from rollouts.run import RunConfig
 
@@ -121,16 +122,13 @@ def config_classes(path):
         "align/rrhf.py": (RRHFArguments, RRHFConfig, ModelConfig),
         "rewards.score": (ScoreConfig,),
         "rewards.serve": (RewardServiceConfig,),
+        "rollouts.candidates": (CandidatesConfig,),
         "rollouts.run": (RunConfig,),
         "rollouts.plan": (PlanConfig,),
         "align/sft.py": (SFTArguments, SFTConfig, ModelConfig, ScratchConfig),
         "align.bench.dabench": (DABenchConfig,),
         "align.evaluation.diffagent": (DiffAgentTablesConfig,),
         "align.evaluation.hallucination": (HallucinationConfig,),
-        "make demo": {
-            "sft.yaml": (SFTArguments, SFTConfig, ModelConfig, ScratchConfig),
-            "evaluate.yaml": (HallucinationConfig,),
-        }.get(path.name, ()),
     }
     head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     return next(classes for command, classes in commands.items() if command in head)
@@ -147,6 +145,7 @@ def test_config_file_is_read_by_its_command(path, tmp_path, monkeypatch):
     rollout = ["--calls", "c", "--catalog", "c", "--weights", "w", "--output", "o"]
     required = {"dabench.yaml": ["--source", "s", "--output", "o"], "score.yaml": ["--source", "s", "--output", "o"]}
     required["tables.yaml"] = ["--dataset", "d", "--output_dir", "o", "--weights", "w"]
+    required["candidates.yaml"] = ["--model_name_or_path", "m", "--catalog", "c", "--dataset", "d", "--output", "o"]
     required |= {"run.yaml": rollout, "ray.yaml": rollout, "rollout.yaml": rollout}
     flags = required.get(
         path.name, [] if path.name in ("serve.yaml", "plan.yaml") else ["--dataset", "d", "--output_dir", "o"]

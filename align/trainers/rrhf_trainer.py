@@ -84,9 +84,6 @@ class RRHFTrainer(Trainer):
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
-        if args.gradient_checkpointing and hasattr(model, "peft_config"):
-            # Frozen embeddings: without it reentrant checkpointing finds nothing that needs a gradient.
-            cast(Any, model).enable_input_require_grads()
         if args.disable_dropout:
             _disable_dropout(model)
         self.train_data = _prepare(train_dataset, processing_class, args, "train_dataset")

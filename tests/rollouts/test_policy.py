@@ -2,7 +2,10 @@
 
 import json
 import logging
+import re
+import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from align.scratch import build_from_scratch
-from rollouts.policy import load_policy, load_tokenizer
+from rollouts.policy import load_policy, load_tokenizer, policy_fingerprint
 
 
 @pytest.fixture
@@ -162,3 +165,47 @@ def test_directory_without_a_tokenizer(tiny, tokenizer, tmp_path):
     build_from_scratch(tiny, tokenizer).save_pretrained(tmp_path)
     with pytest.raises((OSError, ValueError), match="tokenizer"):
         load_tokenizer(str(tmp_path))
+
+
+def test_fingerprint_is_of_the_weights_wherever_they_lie(tmp_path):
+    folder = tmp_path / "policy"
+    folder.mkdir()
+    weights = bytes(range(256)) * 40_000  # 10 MB: read in pieces
+    (folder / "model-00001-of-00002.safetensors").write_bytes(weights)
+    (folder / "model-00002-of-00002.safetensors").write_bytes(b"small")
+    first = policy_fingerprint(str(folder))
+    assert re.fullmatch("[0-9a-f]{16}", first)
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy/config.json").write_text("{}")
+    (tmp_path / "copy/training_args.bin").write_bytes(b"another run")
+    assert policy_fingerprint(str(tmp_path / "copy")) == first
+    changes = {
+        "the first byte": ("model-00001-of-00002.safetensors", b"\1" + weights[1:]),
+        "the last byte": ("model-00001-of-00002.safetensors", weights[:-1] + b"\0"),
+        "the length": ("model-00001-of-00002.safetensors", weights + b"\0"),
+        "a small file": ("model-00002-of-00002.safetensors", b"smell"),
+        "all but the head": ("model-00001-of-00002.safetensors", weights[:4096] + bytes(len(weights) - 4096)),
+    }
+    for what, (name, data) in changes.items():
+        shutil.copytree(folder, tmp_path / what)
+        (tmp_path / what / name).write_bytes(data)
+        assert policy_fingerprint(str(tmp_path / what)) != first, what
+    gguf = tmp_path / "policy.gguf"
+    gguf.write_bytes(weights)
+    assert re.fullmatch("[0-9a-f]{16}", policy_fingerprint(str(gguf))) and policy_fingerprint(str(gguf)) != first
+
+
+def test_fingerprint_of_what_is_not_here(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="No weights .* the checkpoint is incomplete"):
+        policy_fingerprint(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="No model directory at"):
+        policy_fingerprint(str(tmp_path / "gone"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert policy_fingerprint("nobody/nothing") == "nobody/nothing"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "models--nobody--nothing/snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (tmp_path / "models--nobody--nothing/refs").mkdir()
+    (tmp_path / "models--nobody--nothing/refs/main").write_text(commit)
+    assert policy_fingerprint("nobody/nothing") == f"nobody/nothing@{commit}"
