@@ -110,6 +110,13 @@ class CandidatesConfig:
             "the model's defaults."
         },
     )
+    common_size: bool = field(
+        default=False,
+        metadata={
+            "help": "With `reconstruct`, give all calls the size of the architecture's default call, so that rewards "
+            "compare models and other parameters at equal shapes, as DiffAgent's tables do."
+        },
+    )
     batch_size: int = field(default=16, metadata={"help": "Prompts per forward pass; beams and samples depend on it."})
     max_new_tokens: int = field(default=320, metadata={"help": "Token limit of a response."})
     max_prompt_tokens: int | None = field(default=512, metadata={"help": "Longer prompts are cut; none: never."})
@@ -212,7 +219,12 @@ class _Proposer:
             if config.reconstruct:
                 sampled = config.beam_parameters == "multinomial"
                 candidates = rebuilt_candidates(
-                    of_prompt, catalog, config.architecture, default=self._default, sampled_parameters=sampled
+                    of_prompt,
+                    catalog,
+                    config.architecture,
+                    default=self._default,
+                    sampled_parameters=sampled,
+                    common_size=config.common_size,
                 )
             else:
                 candidates = [candidate(raw.text, raw.origin, catalog) for raw in of_prompt]

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rollouts.api import PARAMETER_INFORMATION, APICall
+from rollouts.api import ARCHITECTURES, PARAMETER_INFORMATION, APICall
 from rollouts.catalog import Catalog
 from rollouts.model_information import judge_model, read_fields
 
@@ -56,6 +56,7 @@ def rebuilt_candidates(
     *,
     default: APICall | None = None,
     sampled_parameters: bool = True,
+    common_size: bool = False,
 ) -> list[dict[str, Any]]:
     """The different calls of a prompt: `response` (canonical JSON), `call`, `origin`, `origins` and `error` (null).
 
@@ -66,7 +67,10 @@ def rebuilt_candidates(
         default: The default call, which comes last.
         sampled_parameters: Give beams the parameters of the first multinomial response that has any for this
             architecture. False: the model's defaults.
+        common_size: Give all calls the size of the architecture's default call.
     """
+    side = ARCHITECTURES[base_model].default_side
+    size = {"width": side, "height": side} if common_size else {}
     shared: Mapping[str, Any] = {}
     if sampled_parameters:
         samples = (_parameters(raw.text, base_model) for raw in raws if raw.origin == MULTINOMIAL)
@@ -76,7 +80,7 @@ def rebuilt_candidates(
         name = judge_model(raw.text, catalog, base_model).name
         if name is not None:
             own = shared if raw.origin == DIVERSE_BEAM else _parameters(raw.text, base_model)
-            calls.append((catalog.reconstruct(name, own), raw.origin))
+            calls.append((catalog.reconstruct(name, {**own, **size}), raw.origin))
     if default is not None:
         calls.append((default, DEFAULT))
     return _merged(calls)

@@ -87,6 +87,17 @@ def test_beams_get_the_first_readable_samples_parameters_and_samples_keep_their_
     assert last["call"] == of_defaults["call"]
 
 
+def test_with_a_common_size_calls_differ_in_everything_else(catalog):
+    raws = [
+        RawResponse(response(catalog, "Plain - v1", width=640, **{"sampling steps": 25}), "multinomial"),
+        beam(catalog, ODD),
+    ]
+    found = [c["call"] for c in rebuilt_candidates(raws, catalog, "SD 1.5", common_size=True)]
+    assert [(c["model"], c["width"], c["height"], c["sampling steps"]) for c in found] == [
+        ("Plain - v1", 512, 512, 25), (ODD, 512, 512, 25),
+    ]  # fmt: skip
+
+
 def test_equal_calls_are_merged_and_the_default_comes_last(catalog):
     default = catalog.default_call("SD 1.5", "Plain - v1")
     raws = [RawResponse(response(catalog, "Plain - v1"), "multinomial"), beam(catalog, ODD), beam(catalog, ODD)]
