@@ -2,10 +2,11 @@
 
 A row per prompt and method: `run`, `prompt_set`, `prompt_id`, `prompt`, `negative_prompt`, `method`, `answer` (an
 agent's text; null for methods that don't write), `call` (JSON text of the call asked for, in the common shape; null if
-the answer is a hallucination), `hallucinated`, `reason`, `drawn_from` (`own`, or `baseline`: its pictures stand in),
+the answer is a hallucination), `hallucinated`, `reason`, `drawn_from` (`own`; `baseline`: its pictures stand in;
+`nobody`: the prompt is one of Table 1 alone),
 `not_drawn` (why a call that is no hallucination has no pictures of its own), `drawn_call`, `images`, `scores` ({scorer:
 [one per picture]}), `means` ({scorer: mean}) and `unified` (mean over the pictures). Where not even the baseline could
-be drawn, `scores`, `means` and `unified` are null, for all methods.
+be drawn, or nobody was, `scores`, `means` and `unified` are null, for all methods.
 """
 
 import io
@@ -22,6 +23,7 @@ from rewards.unified import UnifiedMetric
 
 ROWS_FILE = "per_prompt.parquet"
 METRIC_FILE = "unified.json"
+NOBODY = "nobody"
 _KEY, _FORMAT, _VERSION = b"t2i-align", "t2i-align comparison", 1
 
 

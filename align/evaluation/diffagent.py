@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from align.evaluation.answers import PolicyAnswers, prompt_text
 from align.evaluation.baselines import EmbeddingNeighbour, MostPopular, TfidfNeighbour, make_baselines
-from align.evaluation.comparison import About, Comparison, ComparisonError
+from align.evaluation.comparison import NOBODY, About, Comparison, ComparisonError
 from align.evaluation.diffagent_tables import write_tables
 from align.evaluation.prompt_sets import PromptFileError, PromptSet, evaluation_prompts
 from align.pairs import DataError, load_pairs
@@ -75,6 +75,9 @@ class DiffAgentTablesConfig:
     coco_captions: str | None = field(default=None, metadata={"help": "A .tsv with COCO captions; none: left out."})
     num_prompts: int | None = field(default=1000, metadata={"help": "Random prompts of each file (DiffAgent: 1,000)."})
     num_dabench: int | None = field(default=None, metadata={"help": "Random rows of DABench's eval split; none: all."})
+    num_drawn: int | None = field(
+        default=None, metadata={"help": "Draw the first so many prompts of each set only (Table 2); none: all."}
+    )
     baselines: list[str] = field(
         default_factory=list, metadata={"help": "Further rows: any of popular, tfidf, embedding."}
     )
@@ -97,7 +100,15 @@ class DiffAgentTablesConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "num_dabench", "num_images", "batch_size", "max_new_tokens", "max_prompt_tokens"):
+        for name in (
+            "num_prompts",
+            "num_dabench",
+            "num_images",
+            "batch_size",
+            "max_new_tokens",
+            "max_prompt_tokens",
+            "num_drawn",
+        ):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, but got {value}.")
         if unknown := sorted(set(self.baselines) - {"popular", "tfidf", "embedding"}):
@@ -183,7 +194,7 @@ def main(config: DiffAgentTablesConfig) -> dict[str, Any]:
     for prompts in sets:
         chosen[prompts.name] = _parts(chosen[prompts.name], ours, catalog, default)
 
-    write_atomically(output / "calls.jsonl", _calls_table(sets, chosen, default).encode())
+    write_atomically(output / "calls.jsonl", _calls_table(sets, chosen, default, config.num_drawn).encode())
     run_config = config.run_config()
     roll_out(run_config)
     about = About(
@@ -267,12 +278,16 @@ def _in_shape(catalog: Catalog, call: APICall, default: APICall) -> APICall:
     return catalog.reconstruct(call.model, call.to_dict() | {"width": default.width, "height": default.height})
 
 
-def _calls_table(sets: list[PromptSet], chosen: Mapping[str, Mapping[str, list[Choice]]], default: APICall) -> str:
-    """A row per prompt with a candidate per method; that of the baseline where a method has none of its own."""
+def _calls_table(
+    sets: list[PromptSet], chosen: Mapping[str, Mapping[str, list[Choice]]], default: APICall, num_drawn: int | None
+) -> str:
+    """A row per drawn prompt with a candidate per method; that of the baseline where a method has none of its own."""
     lines = []
     for prompts in sets:
         of_set = chosen[prompts.name]
         for i, (prompt_id, instruction) in enumerate(zip(prompt_ids(prompts), prompts.instructions, strict=True)):
+            if num_drawn is not None and i >= num_drawn:
+                break
             candidates = []
             for method, choices in of_set.items():
                 call = choices[i].call if choices[i].not_drawn is None else None
@@ -301,31 +316,37 @@ def _compared_rows(
     for prompts in sets:
         ids = prompt_ids(prompts)
         for method in about.methods:
-            for prompt_id, choice in zip(ids, chosen[prompts.name][method], strict=True):
-                row = drawn[prompt_id]
-                by_method = {candidate["origin"]: candidate for candidate in row["candidates"]}
+            choices = zip(ids, prompts.instructions, chosen[prompts.name][method], strict=True)
+            for prompt_id, instruction, choice in choices:
+                asked = _instruction(instruction)
                 fixed = {
                     "run": about.runs[0], "prompt_set": prompts.name, "prompt_id": prompt_id,
-                    "prompt": row["instruction"]["prompt"], "negative_prompt": row["instruction"]["negative prompt"],
-                    "method": method,
+                    "prompt": asked["prompt"], "negative_prompt": asked["negative prompt"], "method": method,
                 }  # fmt: skip
-                rows.append(fixed | _outcome(choice, by_method[method], by_method[about.baseline]))
+                row = drawn.get(prompt_id)
+                by_method = {candidate["origin"]: candidate for candidate in row["candidates"]} if row else {}
+                rows.append(fixed | _outcome(choice, by_method.get(method), by_method.get(about.baseline)))
     return rows
 
 
-def _outcome(choice: Choice, own: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
-    """Which pictures and scores count for a choice."""
+def _outcome(choice: Choice, own: Mapping[str, Any] | None, baseline: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Which pictures and scores count for a choice; none of a prompt that was not drawn at all."""
+    answered = {
+        "answer": choice.answer, "call": choice.call.to_json() if choice.call is not None else None,
+        "hallucinated": choice.reason is not None, "reason": choice.reason,
+    }  # fmt: skip
+    if own is None or baseline is None:
+        nothing = dict.fromkeys(("not_drawn", "drawn_call", "scores", "means", "unified"))
+        return answered | nothing | {"drawn_from": NOBODY, "images": []}
     not_drawn = choice.not_drawn
     if choice.call is not None and not_drawn is None and own["error"] is not None:
         not_drawn = own["error"].partition(":")[0]
     is_own = choice.call is not None and not_drawn is None
     used = own if is_own else baseline
     scores = used["scores"] if baseline["error"] is None else None
-    return {
-        "answer": choice.answer, "call": choice.call.to_json() if choice.call is not None else None,
-        "hallucinated": choice.reason is not None, "reason": choice.reason, "not_drawn": not_drawn,
-        "drawn_from": "own" if is_own else "baseline", "drawn_call": APICall.from_dict(used["call"]).to_json(),
-        "images": used["images"], "scores": scores,
+    return answered | {
+        "not_drawn": not_drawn, "drawn_from": "own" if is_own else "baseline",
+        "drawn_call": APICall.from_dict(used["call"]).to_json(), "images": used["images"], "scores": scores,
         "means": {name: sum(values) / len(values) for name, values in scores.items()} if scores else None,
         "unified": None,
     }  # fmt: skip

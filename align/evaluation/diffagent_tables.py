@@ -16,6 +16,7 @@ import numpy as np
 
 from align.evaluation.comparison import (
     METRIC_FILE,
+    NOBODY,
     Comparison,
     save_comparison,
     unify,
@@ -78,7 +79,8 @@ def table2(comparison: Comparison) -> dict[str, Any]:
     rows, differences, selection = [], [], []
     for prompts in about.prompt_sets:
         of = {method: comparison.of(method, prompts) for method in about.methods}
-        rows += [_scores_row(method, prompts, of[method], comparison) for method in about.methods]
+        asked = {method: [row for row in rows if row["drawn_from"] != NOBODY] for method, rows in of.items()}
+        rows += [_scores_row(method, prompts, asked[method], comparison) for method in about.methods]
         first = next(iter(about.agents))
         pairs = [(method, about.baseline) for method in about.methods if method != about.baseline]
         pairs += [(agent, first) for agent in about.agents if agent != first]

@@ -17,7 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from align.evaluation.comparison import Comparison, ComparisonError, load_comparison
+from align.evaluation.comparison import NOBODY, Comparison, ComparisonError, load_comparison
 from align.evaluation.diffagent_tables import LABELS, number
 from align.evaluation.report_figures import PictureBudget, curve, dot_plot
 from align.evaluation.report_style import STYLE
@@ -226,7 +226,7 @@ def _grid(comparison: Comparison, budget: PictureBudget, num_prompts: int) -> st
     about, run = comparison.about, comparison.about.runs[0]
     by_prompt: dict[str, list[dict[str, Any]]] = {}
     for row in comparison.rows:
-        if row["run"] == run:
+        if row["run"] == run and row["drawn_from"] != NOBODY:
             by_prompt.setdefault(row["prompt_id"], []).append(row)
     parts = [
         "<h2>Pictures</h2><p class=soft>The first picture of each call, all of a prompt with one seed; framed: best by "

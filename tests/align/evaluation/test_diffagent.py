@@ -1,8 +1,11 @@
 """Tables 1 and 2 end to end: real answers, toy models that draw, a scorer of its own; all numbers counted again."""
 
+import dataclasses
 import json
+import shutil
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -13,6 +16,7 @@ from align.evaluation.answers import PolicyAnswers
 from align.evaluation.comparison import ComparisonError, load_comparison
 from align.evaluation.diffagent import DiffAgentTablesConfig, judged_choice, main, prompt_ids
 from align.evaluation.prompt_sets import PromptSet, dabench_prompts
+from align.evaluation.report import write_report
 from align.scratch import ScratchConfig, build_from_scratch
 from rewards.commandline import ConfigError, parse_config
 from rollouts.catalog import Catalog, CatalogEntry, CatalogError
@@ -255,6 +259,28 @@ def test_a_baseline_that_can_not_be_drawn(done, world, tmp_path):
         main(options(world, tmp_path, {"Known": NEVER}, baseline_model="Gone - v1"))
     with pytest.raises(CatalogError, match="no SD 1.5 checkpoint 'Nobody'"):
         main(options(world, tmp_path, {"Known": NEVER}, baseline_model="Nobody"))
+
+
+@pytest.mark.slow
+def test_prompts_of_table_1_alone_are_not_drawn(done, world, tmp_path):
+    config, *_ = done
+    for file in Path(config.output_dir).glob("answers-*.jsonl"):  # asked already
+        shutil.copy(file, tmp_path)
+    store = str(Path(config.output_dir) / "rollout/store")
+    few = dataclasses.replace(
+        config, output_dir=str(tmp_path), num_drawn=1, rollout={**config.rollout, "store": store}
+    )  # fmt: skip
+    tables = main(few)
+    asked = {row["prompts"]: row["hallucination"]["n"] for row in tables["table1"]["rows"]}
+    assert all(n > 1 for n in asked.values())
+    assert {row["unified"]["n"] for row in tables["table2"]["rows"]} == {1}
+    assert all(row["left_out"] == 0 for row in tables["table2"]["rows"])
+    rows = load_comparison(tmp_path).rows
+    nobody = [row for row in rows if row["drawn_from"] == "nobody"]
+    drawn = {row["prompt_id"] for row in rows} - {row["prompt_id"] for row in nobody}
+    assert len(drawn) == len(asked) and all(not row["images"] and row["scores"] is None for row in nobody)
+    assert {row["hallucinated"] for row in nobody} <= {True, False} and any(row["call"] for row in nobody)
+    assert nobody[0]["prompt"] not in write_report(tmp_path).read_text()
 
 
 def test_a_call_in_the_common_shape(world):
