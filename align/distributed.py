@@ -1,17 +1,12 @@
 """Small adjustments for running on several processes, and for trying that on a machine without GPUs."""
 
-import logging
 import os
-import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from pathlib import Path
 
 from transformers import TrainingArguments
 
-logger = logging.getLogger(__name__)
-
-_POLL_SECONDS = 2.0
+from rollouts.candidate_files import Processes
 
 
 def prepare_cpu_deepspeed(training: TrainingArguments) -> None:
@@ -42,32 +37,12 @@ def without_deepspeed(training: TrainingArguments) -> Generator[None]:
         set_hf_deepspeed_config(training.hf_deepspeed_config)
 
 
-def on_first_process(training: TrainingArguments, done: Path, work: Callable[[], None]) -> None:
-    """Do hours of work on one process while the others wait, without a collective that would time out.
+def on_first_process(work: Callable[[], None]) -> None:
+    """Do hours of work on one process while the others wait for it, without the usual time limit of a collective.
 
-    Args:
-        training: Says which process this is.
-        done: A file that `work` writes last, on storage that all processes see. If it is there, nothing is done.
-        work: Called on the first process only.
-
-    Raises:
-        RuntimeError: On the other processes, if the first one has failed.
+    Every process must call this. If the first one fails, the launcher ends the others.
     """
-    failed = done.with_name(done.name + ".failed")
-    if training.process_index == 0:
-        failed.unlink(missing_ok=True)
-        if done.is_file():
-            return
-        try:
-            work()
-        except BaseException as error:
-            done.parent.mkdir(parents=True, exist_ok=True)
-            failed.write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
-            raise
-        return
-    started = time.time()
-    while not done.is_file():
-        # A file of an earlier run is removed by the first process, which may be a little late.
-        if failed.is_file() and time.time() - started > 30:
-            raise RuntimeError(f"The first process has failed: {failed.read_text(encoding='utf-8')}")
-        time.sleep(_POLL_SECONDS)
+    processes = Processes.here()
+    if processes.rank == 0:
+        work()
+    processes.wait()

@@ -28,7 +28,6 @@ _OWN_CANDIDATE_OPTIONS = {"model_name_or_path", "catalog", "output", "dataset", 
 _OWN_RENDER_OPTIONS = {"calls", "catalog", "weights", "output"}
 CANDIDATES_FILE = "candidates.jsonl"
 SCORED_FILE = "scored.parquet"
-_DONE_FILE = "done.json"
 
 # Sec. 3.2.2: one response by multinomial sampling, m by diverse beams, model information only, the default call added.
 PAPER_CANDIDATES: dict[str, Any] = {
@@ -82,16 +81,19 @@ class RolloutStage:
         with without_deepspeed(training):
             propose(self._candidates(policy, folder))
         table = folder / "rollout" / SCORED_FILE
-        done = folder / "rollout" / _DONE_FILE
-        source = {"candidates": _digest(folder / CANDIDATES_FILE), "render": dict(self.render)}
-        if training.process_index == 0 and done.is_file() and json.loads(done.read_text()) != source:
-            done.unlink()  # made from other candidates, or in another way
+        source = json.dumps({"candidates": _digest(folder / CANDIDATES_FILE), "render": dict(self.render)}, indent=1)
+        # Its name says from what: a table of other candidates, or drawn in another way, is not taken for this one.
+        done = table.with_name(f"done-{hashlib.sha256(source.encode()).hexdigest()[:16]}.json")
 
         def draw() -> None:
+            if done.is_file():
+                return
+            for other in done.parent.glob("done-*.json"):
+                other.unlink()
             roll_out(self._render(folder))
-            write_atomically(done, json.dumps(source, indent=1).encode())
+            write_atomically(done, source.encode())
 
-        on_first_process(training, done, draw)
+        on_first_process(draw)
         return table
 
     def _candidates(self, policy: str, folder: Path) -> CandidatesConfig:

@@ -216,20 +216,19 @@ def _catalog_of(dataset: Path) -> Path:
 def _options_of_round(args: RRHFArguments, training: RRHFConfig, number: int, output: Path) -> RRHFConfig:
     """The trainer's options in a round: the common ones, and what the curriculum changes."""
     changed: Mapping[str, Any] = args.round_options[number] if number < len(args.round_options) else {}
+    where = f"`round_options`, round {number + 1}"
     own = {"output_dir": str(output)}
     if args.rounds > 1 and training.run_name:
         own["run_name"] = f"{training.run_name}-round-{number + 1}"
-    known = {spec.name for spec in dataclasses.fields(RRHFConfig) if spec.init}
-    if unknown := [key for key in changed if key not in known or key in own]:
-        raise ConfigError(f"`round_options`, round {number + 1}: {unknown} can't be changed; they must be options of "
-                          "the trainer.")  # fmt: skip
-    if not changed and own.keys() == {"output_dir"}:
-        same = training if str(training.output_dir) == str(output) else dataclasses.replace(training, **own)
-        return same
+    if not changed and all(getattr(training, name) == value for name, value in own.items()):
+        return training
+    known = {option.name for option in dataclasses.fields(RRHFConfig) if option.init} - own.keys()
+    if unknown := [key for key in changed if key not in known]:
+        raise ConfigError(f"{where}: {unknown} can't be changed; they must be options of the trainer.")
     try:
         return dataclasses.replace(training, **changed, **own)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"`round_options`, round {number + 1}: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _is_held_out(prompt_id: str, share: float) -> bool:
@@ -266,14 +265,14 @@ def _finish(trainer: RRHFTrainer, args: RRHFArguments, policy: str, table: Path,
     data = trainer.train_data
     assert data is not None  # training needs rows
     skipped = ", ".join(f"{reason} {count}" for reason, count in data.skipped.most_common()) or "nothing"
+    way = "packed" if trainer.way.packed else "padded"
     facts = {
         "base": policy,
         "candidates": str(table),
         "architecture": args.architecture,
         "prompts": f"{len(data.rows):,}",
         "left out": skipped,
-        "log-probabilities": ("packed" if trainer.way.packed else "padded")
-        + (f" ({trainer.way.reason})" if trainer.way.reason else ""),
+        "log-probabilities": f"{way} ({trainer.way.reason})" if trainer.way.reason else way,
         "steps": trainer.state.global_step,
         "processes": f"{trainer.accelerator.num_processes} ({trainer.accelerator.distributed_type.value})",
     }
