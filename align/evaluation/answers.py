@@ -11,7 +11,7 @@ from rewards.files import write_atomically
 
 
 class PolicyAnswers:
-    """What a policy answers, greedily; it is loaded only if something is left to ask.
+    """What a policy answers; it is loaded only if something is left to ask.
 
     Args:
         name_or_path: The policy: a folder of align/sft.py or align/rrhf.py, or any causal LM.
@@ -44,19 +44,21 @@ class PolicyAnswers:
         """What the answers depend on beside the prompt; every line of a file of answers holds it."""
         return {"policy": policy_identity(self.name_or_path), **self.limits}
 
-    def answer(self, prompts: PromptSet, path: Path) -> list[dict[str, Any]]:
+    def answer(self, prompts: PromptSet, path: Path, *, sample_seed: int | None = None) -> list[dict[str, Any]]:
         """One answer per prompt: `text`, `seconds` (batched), `num_tokens`, `finished`, `index`, `prompt` and origin.
 
         Args:
             prompts: What is asked.
             path: File of the answers; what is in it already is not asked again.
+            sample_seed: Sample at temperature 1, with this seed; None: greedy decoding.
 
         Raises:
             ConfigError: The policy can't be loaded, or the file holds answers to something else or of someone else.
         """
         from rollouts.responses import generate_responses
 
-        origin = self.origin
+        sampling = {} if sample_seed is None else {"do_sample": True, "seed": sample_seed}
+        origin = self.origin | ({} if sample_seed is None else {"sample_seed": sample_seed})
         done = read_answers(path, prompts, origin)
         if len(done) < len(prompts.instructions):
             policy, dialogue = self._load()
@@ -69,6 +71,7 @@ class PolicyAnswers:
                     batch_size=self.batch_size,
                     skip=frozenset(done),
                     **self.limits,
+                    **sampling,
                 ):
                     prompt = {"prompt": prompt_text(prompts.instructions[response.index])}
                     done[response.index] = response._asdict() | prompt | origin
@@ -144,9 +147,11 @@ def read_answers(path: Path, prompts: PromptSet, origin: dict[str, Any]) -> dict
 
 
 def policy_identity(name_or_path: str) -> str:
-    """The policy's name and, of a folder, when its weights were written: training it further makes it another one."""
-    files = sorted([*Path(name_or_path).glob("*.safetensors"), *Path(name_or_path).glob("*.gguf")])
-    return " ".join([name_or_path, *(f"{file.name}@{file.stat().st_mtime_ns}" for file in files)])
+    """The policy's name and, of a folder, its fingerprint: training it further makes it another one."""
+    from rollouts.policy import policy_fingerprint
+
+    has_weights = any(any(Path(name_or_path).glob(f"*.{kind}")) for kind in ("safetensors", "gguf"))
+    return f"{name_or_path} {policy_fingerprint(name_or_path)}" if has_weights else name_or_path
 
 
 def prompt_text(instruction: Any) -> str:

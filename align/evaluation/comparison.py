@@ -2,7 +2,8 @@
 
 A row per prompt and method: `run`, `prompt_set`, `prompt_id`, `prompt`, `negative_prompt`, `method`, `answer` (an
 agent's text; null for methods that don't write), `call` (JSON text of the call asked for, in the common shape; null if
-the answer is a hallucination), `hallucinated`, `reason`, `drawn_from` (`own`; `baseline`: its pictures stand in;
+the answer is a hallucination), `hallucinated`, `reason`, `sampled_hallucination` (share of an agent's sampled answers
+that can't be called; null if there are none), `drawn_from` (`own`; `baseline`: its pictures stand in;
 `nobody`: the prompt is one of Table 1 alone),
 `not_drawn` (why a call that is no hallucination has no pictures of its own), `drawn_call`, `images`, `scores` ({scorer:
 [one per picture]}), `means` ({scorer: mean}) and `unified` (mean over the pictures). Where not even the baseline could
@@ -153,7 +154,14 @@ def _schema(scorers: Sequence[str]) -> Any:
     text, number = pa.string(), pa.float64()
     return pa.schema(
         [(name, text) for name in ("run", "prompt_set", "prompt_id", "prompt", "negative_prompt", "method", "answer")]
-        + [("call", text), ("hallucinated", pa.bool_()), ("reason", text), ("drawn_from", text), ("not_drawn", text)]
+        + [
+            ("call", text),
+            ("hallucinated", pa.bool_()),
+            ("reason", text),
+            ("sampled_hallucination", number),
+            ("drawn_from", text),
+            ("not_drawn", text),
+        ]
         + [("drawn_call", text), ("images", pa.list_(text))]
         + [("scores", pa.struct([(name, pa.list_(number)) for name in scorers]))]
         + [("means", pa.struct([(name, number) for name in scorers])), ("unified", number)]

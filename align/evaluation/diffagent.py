@@ -75,6 +75,10 @@ class DiffAgentTablesConfig:
     coco_captions: str | None = field(default=None, metadata={"help": "A .tsv with COCO captions; none: left out."})
     num_prompts: int | None = field(default=1000, metadata={"help": "Random prompts of each file (DiffAgent: 1,000)."})
     num_dabench: int | None = field(default=None, metadata={"help": "Random rows of DABench's eval split; none: all."})
+    num_sampled: int = field(
+        default=0,
+        metadata={"help": "Also sample so many answers per prompt at temperature 1, to count their hallucination."},
+    )
     num_drawn: int | None = field(
         default=None, metadata={"help": "Draw the first so many prompts of each set only (Table 2); none: all."}
     )
@@ -111,6 +115,8 @@ class DiffAgentTablesConfig:
         ):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, but got {value}.")
+        if self.num_sampled < 0:
+            raise ValueError(f"`num_sampled` must be 0 or more, but got {self.num_sampled}.")
         if unknown := sorted(set(self.baselines) - {"popular", "tfidf", "embedding"}):
             raise ValueError(f"`baselines` may hold popular, tfidf and embedding, but got {unknown}.")
         if "embedding" in self.baselines and self.sentence_encoder is None:
@@ -152,12 +158,14 @@ class Choice(NamedTuple):
         answer: What an agent wrote.
         reason: Why it can't be called.
         not_drawn: Why the call is not to be drawn although it can be.
+        sampled: Share of the agent's sampled answers that can't be called, if there are any.
     """
 
     call: APICall | None
     answer: str | None = None
     reason: str | None = None
     not_drawn: str | None = None
+    sampled: float | None = None
 
 
 def main(config: DiffAgentTablesConfig) -> dict[str, Any]:
@@ -177,9 +185,11 @@ def main(config: DiffAgentTablesConfig) -> dict[str, Any]:
     agents = _mapping("agents", config.agents)
     chosen: dict[str, dict[str, list[Choice]]] = {prompts.name: {} for prompts in sets}
     for name, folder in agents.items():
-        texts = _answers(config, name, folder, sets)
+        texts, sampled = _answers(config, name, folder, sets)
         for prompts in sets:
-            chosen[prompts.name][name] = [judged_choice(text, catalog, default) for text in texts[prompts.name]]
+            choices = [judged_choice(text, catalog, default) for text in texts[prompts.name]]
+            shares = _shares(sampled[prompts.name], catalog) or [None] * len(choices)
+            chosen[prompts.name][name] = [c._replace(sampled=s) for c, s in zip(choices, shares, strict=True)]
     answering = list(agents)
     baselines = make_baselines(
         config.baselines, data["sft"], catalog, config.architecture,
@@ -234,18 +244,32 @@ def prompt_ids(prompts: PromptSet) -> list[str]:
     return ids
 
 
-def _answers(config: DiffAgentTablesConfig, name: str, folder: str, sets: list[PromptSet]) -> dict[str, list[str]]:
-    """An agent's texts by prompt set; it is loaded only if it has not answered everything yet."""
+def _answers(
+    config: DiffAgentTablesConfig, name: str, folder: str, sets: list[PromptSet]
+) -> tuple[dict[str, list[str]], dict[str, list[list[str]]]]:
+    """An agent's greedy texts by prompt set, and its sampled ones; it is loaded only if something is left to ask."""
     policy = PolicyAnswers(
         folder, max_new_tokens=config.max_new_tokens, max_prompt_tokens=config.max_prompt_tokens,
         batch_size=config.batch_size, dtype=config.dtype, device=config.device, option=f"agents.{name}",
     )  # fmt: skip
-    texts = {}
+    texts: dict[str, list[str]] = {}
+    sampled: dict[str, list[list[str]]] = {}
     for prompts in sets:
         logger.info("%s, %s: %d prompts", name, prompts.name, len(prompts.instructions))
-        answers = policy.answer(prompts, Path(config.output_dir) / f"answers-{_slug(name)}-{prompts.slug}.jsonl")
-        texts[prompts.name] = [answer["text"] for answer in answers]
-    return texts
+        path = Path(config.output_dir) / f"answers-{_slug(name)}-{prompts.slug}.jsonl"
+        texts[prompts.name] = [answer["text"] for answer in policy.answer(prompts, path)]
+        sampled[prompts.name] = []
+        for number in range(config.num_sampled):
+            of_sample = path.with_name(f"{path.stem}-sampled-{number}.jsonl")
+            answers = policy.answer(prompts, of_sample, sample_seed=config.seed * 1000 + number)
+            sampled[prompts.name].append([answer["text"] for answer in answers])
+    return texts, sampled
+
+
+def _shares(samples: list[list[str]], catalog: Catalog) -> list[float]:
+    """Of each prompt, the share of its sampled answers that can't be called; empty without samples."""
+    wrong = [[catalog.judge(text).reason is not None for text in of_sample] for of_sample in samples]
+    return [sum(of_prompt) / len(of_prompt) for of_prompt in zip(*wrong, strict=True)]
 
 
 def _parts(
@@ -267,8 +291,8 @@ def _parts(
         models.append(Choice(_in_shape(catalog, our_model, default), not_drawn=choice.not_drawn))
     return {
         BASELINE: [Choice(default)] * len(parameters),
-        OUR_PARAMETERS: [choice._replace(answer=None) for choice in parameters],
-        OUR_MODEL: [choice._replace(answer=None) for choice in models],
+        OUR_PARAMETERS: [choice._replace(answer=None, sampled=None) for choice in parameters],
+        OUR_MODEL: [choice._replace(answer=None, sampled=None) for choice in models],
         **chosen,
     }
 
@@ -334,6 +358,7 @@ def _outcome(choice: Choice, own: Mapping[str, Any] | None, baseline: Mapping[st
     answered = {
         "answer": choice.answer, "call": choice.call.to_json() if choice.call is not None else None,
         "hallucinated": choice.reason is not None, "reason": choice.reason,
+        "sampled_hallucination": choice.sampled,
     }  # fmt: skip
     if own is None or baseline is None:
         nothing = dict.fromkeys(("not_drawn", "drawn_call", "scores", "means", "unified"))

@@ -25,7 +25,13 @@ from align.evaluation.comparison import (
 from align.evaluation.metrics import bootstrap_runs, selection_entropy
 from rewards.files import write_atomically
 
-LABELS = {"clip_score": "CLIP Score", "image_reward": "ImageReward", "hps_v2": "HPS v2", "unified": "Unified"}
+LABELS = {
+    "clip_score": "CLIP Score",
+    "image_reward": "ImageReward",
+    "hps_v2": "HPS v2",
+    "unified": "Unified",
+    "sampled_hallucination": "sampled",
+}
 """Headings; scores of these names are shown times 100, as in the paper."""
 
 
@@ -63,12 +69,16 @@ def table1(comparison: Comparison) -> dict[str, Any]:
             of = comparison.of(method, prompts)
             reasons = Counter(row["reason"] for row in of if row["hallucinated"])
             share = _estimate(of, about.runs, lambda row: float(row["hallucinated"]))
+            sampled = [row for row in of if row.get("sampled_hallucination") is not None]
+            of_samples = _estimate(sampled, about.runs, lambda row: row["sampled_hallucination"])
             rows.append(
-                {"method": method, "prompts": prompts, "hallucination": share, "reasons": dict(reasons.most_common())}
-            )
+                {"method": method, "prompts": prompts, "hallucination": share, "reasons": dict(reasons.most_common()),
+                 "sampled_hallucination": of_samples}
+            )  # fmt: skip
+    estimates = ["hallucination", "sampled_hallucination"]
     return {
-        "architecture": about.architecture, "catalog": about.catalog, "runs": about.runs,
-        "estimates": ["hallucination"], "rows": rows,
+        "architecture": about.architecture, "catalog": about.catalog, "runs": about.runs, "rows": rows,
+        "estimates": estimates[: 2 if any(row["sampled_hallucination"] for row in rows) else 1],
     }  # fmt: skip
 
 
@@ -168,16 +178,17 @@ def markdown1(table: dict[str, Any]) -> str:
     runs = f" Mean of {len(table['runs'])} runs." if len(table["runs"]) > 1 else ""
     lines = [
         f"{table['architecture']}, {table['catalog']:,} callable versions. Hallucination in per cent of all answers, "
-        f"[95% bootstrap interval].{runs}",
+        f"[95% bootstrap interval]; greedy decoding, and where it says so sampled at temperature 1.{runs}",
         "",
-        "| method | prompts | n | hallucination | reasons |",
-        "|---|---|---:|---:|---|",
+        f"| method | prompts | n | {' | '.join(LABELS.get(name, name) for name in table['estimates'])} | reasons |",
+        f"|---|---|---:|{'---:|' * len(table['estimates'])}---|",
     ]
     for row in table["rows"]:
         share = row["hallucination"]
         reasons = ", ".join(f"{reason} {count / share['n']:.1%}" for reason, count in row["reasons"].items())
         name = _escape(row["method"])
-        lines.append(f"| {name} | {row['prompts']} | {share['n']:,} | {_show(share)} | {reasons} |")
+        cells = " | ".join(_show(row[estimate]) for estimate in table["estimates"])
+        lines.append(f"| {name} | {row['prompts']} | {share['n']:,} | {cells} | {reasons} |")
     return "\n".join([*lines, *_runs_lines(table, "rows")]) + "\n"
 
 

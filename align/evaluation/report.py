@@ -144,10 +144,15 @@ def _hallucination(table: Mapping[str, Any]) -> str:
     for row in table["rows"]:
         share = row["hallucination"]
         reasons = ", ".join(f"{escape(name)} {count / share['n']:.1%}" for name, count in row["reasons"].items())
-        cells = f'{_cell(share)}<td class="text">{reasons or "–"}</td>'
+        estimates = "".join(_cell(row[name]) for name in table["estimates"])
+        cells = f'{estimates}<td class="text">{reasons or "–"}</td>'
         rows.append((row["prompts"], row["method"], f"<td>{share['n']:,}</td>{cells}"))
-    head = '<th scope="col">answers</th><th scope="col">hallucination</th><th scope="col" class="text">reasons</th>'
-    caption = "Share of answers that can't be called, in per cent, with 95% bootstrap intervals."
+    heads = "".join(f'<th scope="col">{escape(LABELS.get(name, name))}</th>' for name in table["estimates"])
+    head = f'<th scope="col">answers</th>{heads}<th scope="col" class="text">reasons</th>'
+    caption = (
+        "Share of answers that can't be called, in per cent, with 95% bootstrap intervals; greedy decoding, and where "
+        "it says so sampled at temperature 1."
+    )
     return "<h2>Table 1: hallucination</h2>" + _grouped(head, rows, caption)
 
 

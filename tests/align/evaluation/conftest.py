@@ -21,6 +21,7 @@ def row(method, prompt_id, scores, *, run="one", prompt_set="DABench", model="Fo
     return {
         "run": run, "prompt_set": prompt_set, "prompt_id": prompt_id, "prompt": f"prompt {prompt_id}",
         "negative_prompt": "", "method": method, "answer": None, "call": call, "hallucinated": False, "reason": None,
+        "sampled_hallucination": None,
         "drawn_from": "own", "not_drawn": None, "drawn_call": call, "images": [], "scores": scores, "means": means,
         "unified": None,
     } | changes  # fmt: skip

@@ -268,7 +268,8 @@ def test_prompts_of_table_1_alone_are_not_drawn(done, world, tmp_path):
         shutil.copy(file, tmp_path)
     store = str(Path(config.output_dir) / "rollout/store")
     few = dataclasses.replace(
-        config, output_dir=str(tmp_path), num_drawn=1, rollout={**config.rollout, "store": store}
+        config, output_dir=str(tmp_path), num_drawn=1, num_sampled=2, rollout={**config.rollout, "store": store},
+        agents={"Lost": config.agents["Lost"]},
     )  # fmt: skip
     tables = main(few)
     asked = {row["prompts"]: row["hallucination"]["n"] for row in tables["table1"]["rows"]}
@@ -282,6 +283,17 @@ def test_prompts_of_table_1_alone_are_not_drawn(done, world, tmp_path):
     assert {row["hallucinated"] for row in nobody} <= {True, False} and any(row["call"] for row in nobody)
     assert nobody[0]["prompt"] not in write_report(tmp_path).read_text()
 
+    # Sampled answers: two a prompt, of a policy that writes no calls; other ones for the other seed.
+    (row,) = [row for row in tables["table1"]["rows"] if row["method"] == "Lost" and row["prompts"] == "DABench"]
+    assert (row["sampled_hallucination"]["value"], row["sampled_hallucination"]["n"]) == (
+        1.0,
+        row["hallucination"]["n"],
+    )
+    assert "| sampled |" in (tmp_path / "table1.md").read_text()
+    assert all(r["sampled_hallucination"] is None for r in tables["table1"]["rows"] if r["method"] != "Lost")
+    samples = [(tmp_path / f"answers-lost-dabench-sampled-{i}.jsonl").read_text() for i in (0, 1)]
+    assert samples[0] != samples[1]
+
 
 def test_a_call_in_the_common_shape(world):
     catalog = Catalog.load(world / "models" / "catalog.jsonl")
@@ -294,7 +306,7 @@ def test_a_call_in_the_common_shape(world):
     )
     xl = judged_choice(wanted(catalog, "Toy XL 0 - v1"), catalog, default)
     assert (xl.reason, xl.not_drawn) == (None, "other_architecture")
-    assert judged_choice("[]", catalog, default)[1:] == ("[]", "not_an_object", None)
+    assert judged_choice("[]", catalog, default)[1:3] == ("[]", "not_an_object")
 
 
 def test_ids_depend_on_the_instruction_alone():
