@@ -2,7 +2,7 @@
 
     python -m pocket.choices --tables runs/demo/tables --output choices.png
 
-One prompt of DABench for each style, the first by id, whatever came out; the first picture of each call.
+One drawn prompt of DABench for each style, the first by id, whatever came out; the first picture of each call.
 """
 
 import logging
@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from align.evaluation.comparison import NOBODY
 from pocket.contact_sheet import Cell, contact_sheet
 from pocket.drawing import STYLES
 from rewards.commandline import ConfigError, run_command
@@ -40,6 +41,7 @@ def main(config: ChoicesConfig) -> None:
     if not path.is_file():
         raise ConfigError(f"There is no {path}; make it with python -m align.evaluation.diffagent.")
     rows = [row for row in pq.read_table(path).to_pylist() if row["prompt_set"] == "DABench"]
+    rows = [row for row in rows if row["drawn_from"] != NOBODY]
     by_key = {(row["method"], row["prompt_id"]): row for row in rows}
     known = {row["method"] for row in rows}
     if unknown := [method for method in config.methods if method not in known]:

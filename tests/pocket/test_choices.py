@@ -18,10 +18,10 @@ def tables(tmp_path):
         for key, prompt in (("b", "a cat, pixel art"), ("a", "a dog, pixel art"), ("c", "a fish, neon glow")):
             images = [] if (method, key) == ("RRHF", "c") else [str(tmp_path / f"{method}.png")]
             rows.append({"method": method, "prompt_set": "DABench", "prompt_id": key, "prompt": prompt,
-                         "images": images})  # fmt: skip
-    rows.append(
-        {"method": "SFT", "prompt_set": "COCO captions", "prompt_id": "d", "prompt": "comic book", "images": []}
-    )
+                         "images": images, "drawn_from": "own"})  # fmt: skip
+    other = {"method": "SFT", "prompt_id": "0", "prompt": "comic book", "images": [], "drawn_from": "own"}
+    rows.append(other | {"prompt_set": "COCO captions"})
+    rows.append(other | {"prompt_set": "DABench", "drawn_from": "nobody"})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "per_prompt.parquet")
     return tmp_path
 
