@@ -222,7 +222,8 @@ def _options_of_round(args: RRHFArguments, training: RRHFConfig, number: int, ou
         own["run_name"] = f"{training.run_name}-round-{number + 1}"
     if not changed and all(getattr(training, name) == value for name, value in own.items()):
         return training
-    known = {option.name for option in dataclasses.fields(RRHFConfig) if option.init} - own.keys()
+    # Not the loss either: the defaults of its other options are settled by now.
+    known = {option.name for option in dataclasses.fields(RRHFConfig) if option.init} - own.keys() - {"loss_type"}
     if unknown := [key for key in changed if key not in known]:
         raise ConfigError(f"{where}: {unknown} can't be changed; they must be options of the trainer.")
     try:

@@ -23,18 +23,28 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from align.evaluation.answers import PolicyAnswers, prompt_text
 from align.evaluation.baselines import EmbeddingNeighbour, MostPopular, TfidfNeighbour, make_baselines
 from align.evaluation.comparison import NOBODY, About, Comparison, ComparisonError
 from align.evaluation.diffagent_tables import write_tables
+from align.evaluation.method_calls import (
+    BASELINE,
+    OUR_MODEL,
+    OUR_PARAMETERS,
+    Choice,
+    hallucinated_shares,
+    in_shape,
+    judged_choice,
+    with_baseline,
+)
 from align.evaluation.prompt_sets import PromptFileError, PromptSet, evaluation_prompts
 from align.pairs import DataError, load_pairs
 from rewards.commandline import check_nested, run_command, save_config
 from rewards.files import write_atomically
 from rewards.unified import UnifiedMetricError
-from rollouts.api import DEFAULT_CFG, DEFAULT_SAMPLER, DEFAULT_STEPS, APICall
+from rollouts.api import APICall
 from rollouts.calls_table import CallsError
 from rollouts.catalog import Catalog, CatalogError
 from rollouts.rollout import SCORED_FILE
@@ -45,8 +55,6 @@ from rollouts.workers import PoolError
 
 logger = logging.getLogger(__name__)
 
-BASELINE, OUR_PARAMETERS, OUR_MODEL = "Baseline", "Baseline*", "DiffAgent#"
-"""Methods of DiffAgent Table 2 beside the agents."""
 _TAKEN = (BASELINE, OUR_PARAMETERS, OUR_MODEL, MostPopular.name, TfidfNeighbour.name, EmbeddingNeighbour.name)
 _SET_HERE = (
     "calls", "catalog", "weights", "output", "num_images", "seed", "unified", "keep_images", "max_failed_share",
@@ -150,24 +158,6 @@ class DiffAgentTablesConfig:
         return self.catalog or str(Path(self.dataset) / "catalog.jsonl")
 
 
-class Choice(NamedTuple):
-    """What a method calls for a prompt.
-
-    Attributes:
-        call: In the common shape; None if the answer can't be called.
-        answer: What an agent wrote.
-        reason: Why it can't be called.
-        not_drawn: Why the call is not to be drawn although it can be.
-        sampled: Share of the agent's sampled answers that can't be called, if there are any.
-    """
-
-    call: APICall | None
-    answer: str | None = None
-    reason: str | None = None
-    not_drawn: str | None = None
-    sampled: float | None = None
-
-
 def main(config: DiffAgentTablesConfig) -> dict[str, Any]:
     """Answer, draw, score, compare; returns what table1.json and table2.json hold."""
     output = Path(config.output_dir)
@@ -188,7 +178,7 @@ def main(config: DiffAgentTablesConfig) -> dict[str, Any]:
         texts, sampled = _answers(config, name, folder, sets)
         for prompts in sets:
             choices = [judged_choice(text, catalog, default) for text in texts[prompts.name]]
-            shares = _shares(sampled[prompts.name], catalog) or [None] * len(choices)
+            shares = hallucinated_shares(sampled[prompts.name], catalog) or [None] * len(choices)
             chosen[prompts.name][name] = [c._replace(sampled=s) for c, s in zip(choices, shares, strict=True)]
     answering = list(agents)
     baselines = make_baselines(
@@ -199,10 +189,10 @@ def main(config: DiffAgentTablesConfig) -> dict[str, Any]:
         answering.append(baseline.name)
         for prompts in sets:
             calls = baseline.answer([prompt_text(instruction) for instruction in prompts.instructions])
-            chosen[prompts.name][baseline.name] = [Choice(_in_shape(catalog, call, default)) for call in calls]
+            chosen[prompts.name][baseline.name] = [Choice(in_shape(catalog, call, default)) for call in calls]
     ours = config.ours or list(agents)[-1]
     for prompts in sets:
-        chosen[prompts.name] = _parts(chosen[prompts.name], ours, catalog, default)
+        chosen[prompts.name] = with_baseline(chosen[prompts.name], ours, catalog, default)
 
     write_atomically(output / "calls.jsonl", _calls_table(sets, chosen, default, config.num_drawn).encode())
     run_config = config.run_config()
@@ -216,21 +206,6 @@ def main(config: DiffAgentTablesConfig) -> dict[str, Any]:
     tables = write_tables(output, Comparison(about, rows))
     logger.info("%s\n%s", (output / "table1.md").read_text(), (output / "table2.md").read_text())
     return tables
-
-
-def judged_choice(text: str, catalog: Catalog, default: APICall) -> Choice:
-    """What an agent's answer comes to.
-
-    Args:
-        text: The answer.
-        catalog: What can be called.
-        default: The architecture's default call, which has the common shape.
-    """
-    call, reason = catalog.judge(text)
-    if call is None or reason is not None:
-        return Choice(None, text, reason)
-    other = None if call.base_model == default.base_model else "other_architecture"
-    return Choice(_in_shape(catalog, call, default), text, not_drawn=other)
 
 
 def prompt_ids(prompts: PromptSet) -> list[str]:
@@ -264,42 +239,6 @@ def _answers(
             answers = policy.answer(prompts, of_sample, sample_seed=config.seed * 1000 + number)
             sampled[prompts.name].append([answer["text"] for answer in answers])
     return texts, sampled
-
-
-def _shares(samples: list[list[str]], catalog: Catalog) -> list[float]:
-    """Of each prompt, the share of its sampled answers that can't be called; empty without samples."""
-    wrong = [[catalog.judge(text).reason is not None for text in of_sample] for of_sample in samples]
-    return [sum(of_prompt) / len(of_prompt) for of_prompt in zip(*wrong, strict=True)]
-
-
-def _parts(
-    chosen: Mapping[str, list[Choice]], ours: str, catalog: Catalog, default: APICall
-) -> dict[str, list[Choice]]:
-    """All methods in the order of the table: with the baseline, and its combinations with our agent's parts."""
-    parameters, models = [], []
-    defaults = {
-        "sampling method": DEFAULT_SAMPLER, "sampling steps": DEFAULT_STEPS, "cfg scale": DEFAULT_CFG
-    }  # fmt: skip
-    for choice in chosen[ours]:
-        if choice.call is None:
-            parameters.append(choice)
-            models.append(choice)
-            continue
-        with_ours = catalog.reconstruct(default.model, choice.call.to_dict())
-        parameters.append(Choice(_in_shape(catalog, with_ours, default)))
-        our_model = catalog.reconstruct(choice.call.model, defaults)
-        models.append(Choice(_in_shape(catalog, our_model, default), not_drawn=choice.not_drawn))
-    return {
-        BASELINE: [Choice(default)] * len(parameters),
-        OUR_PARAMETERS: [choice._replace(answer=None, sampled=None) for choice in parameters],
-        OUR_MODEL: [choice._replace(answer=None, sampled=None) for choice in models],
-        **chosen,
-    }
-
-
-def _in_shape(catalog: Catalog, call: APICall, default: APICall) -> APICall:
-    """The call with the canonical model information and the width and height of the default call."""
-    return catalog.reconstruct(call.model, call.to_dict() | {"width": default.width, "height": default.height})
 
 
 def _calls_table(

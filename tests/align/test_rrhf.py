@@ -310,6 +310,7 @@ class TestWithRollout:
         ({"rollout": {"render": {"calls": "x"}}, "weights": "w"}, "`rollout.render.calls` is set by this command"),
         ({"rollout": {"render": {"num_images": 0}}, "weights": "w"}, "`num_images` must be at least 1"),
         ({"rollout": {}, "weights": "w", "rounds": 2, "round_options": [{}, {"rounds": 3}]}, "can't be changed"),
+        ({"rollout": {}, "weights": "w", "round_options": [{"loss_type": "dpo"}]}, r"\['loss_type'\] can't be changed"),
         ({"eval_share": 1.0}, r"`eval_share` must lie in \[0, 1\)"),
         ({"sft_replay": 0.5}, "`sft_replay` needs `sft_dataset`"),
         ({"architecture": "SDXL 9"}, "`architecture` must be one of"),

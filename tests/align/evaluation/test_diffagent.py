@@ -14,7 +14,8 @@ from PIL import Image
 
 from align.evaluation.answers import PolicyAnswers
 from align.evaluation.comparison import ComparisonError, load_comparison
-from align.evaluation.diffagent import DiffAgentTablesConfig, judged_choice, main, prompt_ids
+from align.evaluation.diffagent import DiffAgentTablesConfig, main, prompt_ids
+from align.evaluation.method_calls import judged_choice
 from align.evaluation.prompt_sets import PromptSet, dabench_prompts
 from align.evaluation.report import write_report
 from align.scratch import ScratchConfig, build_from_scratch
