@@ -64,8 +64,7 @@ def rrhf_loss(
     present = _present(token_logps, mask, rewards)
     logps = sequence_logps(token_logps, mask, length_exponent)
     pairs = ranked_pairs(rewards, present, min_gap)
-    # A list of pairs (worse i, better j): p_i - p_j.
-    excess = logps.unsqueeze(2) - logps.unsqueeze(1) + margin
+    excess = logps.unsqueeze(2) - logps.unsqueeze(1) + margin  # (P, i, j): p_i - p_j
     rank = _over_pairs(excess.clamp(min=0), pairs, pair_reduction)
     ce = _best_nll(token_logps, mask, rewards, present, ce_per_token)
     return PreferenceLoss(rank_weight * rank + ce_weight * ce, rank, ce)
@@ -96,10 +95,10 @@ def simpo_loss(
     """
     present = _present(token_logps, mask, rewards)
     logps = sequence_logps(token_logps, mask, length_exponent)
-    return _logistic(
-        logps, beta, margin, token_logps, mask, rewards, present, min_gap, pair_reduction,
-        rank_weight, ce_weight, ce_per_token,
-    )  # fmt: skip
+    pairs = ranked_pairs(rewards, present, min_gap)
+    rank = _over_pairs(_logistic(logps, pairs, beta, margin), pairs, pair_reduction)
+    ce = _best_nll(token_logps, mask, rewards, present, ce_per_token)
+    return PreferenceLoss(rank_weight * rank + ce_weight * ce, rank, ce)
 
 
 def dpo_loss(
@@ -132,10 +131,10 @@ def dpo_loss(
             f"{tuple(ref_token_logps.shape)}."
         )
     ratios = sequence_logps(token_logps - ref_token_logps.detach(), mask, 0.0)
-    return _logistic(
-        ratios, beta, margin, token_logps, mask, rewards, present, min_gap, pair_reduction,
-        rank_weight, ce_weight, ce_per_token,
-    )  # fmt: skip
+    pairs = ranked_pairs(rewards, present, min_gap)
+    rank = _over_pairs(_logistic(ratios, pairs, beta, margin), pairs, pair_reduction)
+    ce = _best_nll(token_logps, mask, rewards, present, ce_per_token)
+    return PreferenceLoss(rank_weight * rank + ce_weight * ce, rank, ce)
 
 
 def reference_kl(token_logps: Tensor, mask: Tensor, ref_token_logps: Tensor) -> Tensor:
@@ -208,24 +207,8 @@ def _best_nll(token_logps: Tensor, mask: Tensor, rewards: Tensor, present: Tenso
     return -torch.where(present.any(1), best, 0.0).mean()
 
 
-def _logistic(
-    scores: Tensor,
-    beta: float,
-    margin: float,
-    token_logps: Tensor,
-    mask: Tensor,
-    rewards: Tensor,
-    present: Tensor,
-    min_gap: Tensor | float,
-    pair_reduction: PairReduction,
-    rank_weight: float,
-    ce_weight: float,
-    ce_per_token: bool,
-) -> PreferenceLoss:
-    pairs = ranked_pairs(rewards, present, min_gap)
+def _logistic(scores: Tensor, pairs: Tensor, beta: float, margin: float) -> Tensor:
+    """`-log sigmoid(beta * (score_j - score_i) - margin)` of every pair. Shape (P, n, n)."""
     ahead = scores.unsqueeze(1) - scores.unsqueeze(2)  # (P, i, j): how much j is ahead of i
     # Also before the sigmoid: a NaN (-inf less -inf) would give NaN gradients although it is not used.
-    ahead = torch.where(pairs, ahead, 0.0)
-    rank = _over_pairs(-F.logsigmoid(beta * ahead - margin), pairs, pair_reduction)
-    ce = _best_nll(token_logps, mask, rewards, present, ce_per_token)
-    return PreferenceLoss(rank_weight * rank + ce_weight * ce, rank, ce)
+    return -F.logsigmoid(beta * torch.where(pairs, ahead, 0.0) - margin)
