@@ -68,16 +68,19 @@ def pool(folders: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
     for path, other in zip(paths, comparisons, strict=True):
         if len(other.about.runs) > 1:
             raise ComparisonError(f"{path} is pooled already; name the folders of its runs instead.")
-        if different := [name for name in _EQUAL if getattr(other.about, name) != getattr(first, name)]:
-            name = different[0]
-            raise ComparisonError(
-                f"{path} can't be pooled with {paths[0]}: `{name}` is {getattr(other.about, name)} and "
-                f"{getattr(first, name)}."
-            )
+        for name in _EQUAL:
+            theirs, ours = _drawn(getattr(other.about, name)), _drawn(getattr(first, name))
+            if theirs != ours:
+                raise ComparisonError(f"{path} can't be pooled with {paths[0]}: `{name}` is {theirs} and {ours}.")
     names = _names(paths)
     rows = [row | {"run": name} for name, of in zip(names, comparisons, strict=True) for row in of.rows]
     agents = {agent: ", ".join(dict.fromkeys(c.about.agents[agent] for c in comparisons)) for agent in first.agents}
     return write_tables(output, Comparison(replace(first, runs=names, agents=agents), rows))
+
+
+def _drawn(value: Any) -> Any:
+    """Of a call, what decides the picture: descriptions of the same model can differ from data set to data set."""
+    return {k: v for k, v in value.items() if k != "model description"} if isinstance(value, dict) else value
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
