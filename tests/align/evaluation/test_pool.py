@@ -61,6 +61,17 @@ def test_one_run_is_itself(runs, tmp_path):
     assert "runs" not in tables["table2"]["rows"][0]["unified"]
 
 
+def test_a_baseline_may_be_described_in_other_words(runs, tmp_path, by_hand, comparison):
+    _, about = by_hand
+    call = about().baseline_call
+    for name, change in (("same", {"model description": "Other tags."}), ("other", {"sampling steps": 21})):
+        changed = Comparison(about(baseline_call=call | change), comparison.rows)
+        save_comparison(tmp_path / name, changed)
+    assert pool([runs[0], tmp_path / "same"], tmp_path / "out")["table1"]
+    with pytest.raises(ComparisonError, match=r"`baseline_call` is {.*'sampling steps': 21"):
+        pool([runs[0], tmp_path / "other"], tmp_path / "out")
+
+
 def test_what_can_not_be_pooled(runs, tmp_path, by_hand, comparison):
     row, about = by_hand
     save_comparison(tmp_path / "other", Comparison(about(num_images=9), comparison.rows))
