@@ -107,7 +107,7 @@ class APICall(BaseModel):
         frozen=True, extra="forbid", strict=True, validate_by_alias=True, validate_by_name=True, protected_namespaces=()
     )
 
-    model: str = Field(min_length=1, max_length=200)
+    model: str = Field(min_length=1, max_length=300)
     type: Literal["Checkpoint", "LoRA"]
     base_model: Literal["SD 1.5", "SDXL 1.0"] = Field(alias="base Model")
     width: int

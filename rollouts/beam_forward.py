@@ -156,12 +156,27 @@ def beam_forward(model: Any, length: int) -> BeamForward:
         length: Most positions a sequence can have, prompt included.
     """
     # First of all, so that it does not depend on `length`: processes that share a model must call it equally often.
-    tried = _why_not_shared(model)
-    reason = _short_window(unwrapped(model), length) or tried
+    reason = why_not_shared(model, length)
     if reason is None:
         return SharedCache(model)
-    _say_once(unwrapped(model), reason)
+    _say_once(unwrapped(model), f"every beam gets a cache of its own, because {reason}")
     return ExpandedCache(model)
+
+
+def why_not_shared(model: Any, length: int) -> str | None:
+    """Why masks and position ids alone can't say what a token of this model sees, or `None` if they can.
+
+    Args:
+        model: A causal language model, possibly wrapped.
+        length: Most positions a sequence can have.
+    """
+    tried = _why_not_shared(model)
+    return _short_window(unwrapped(model), length) or tried
+
+
+def logits_option(model: Any) -> str | None:
+    """The name of the option that says for how many of the last positions logits are wanted, if the model has one."""
+    return "logits_to_keep" if "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters else None
 
 
 def unwrapped(model: Any) -> Any:
@@ -196,7 +211,12 @@ def _unsuitable(model: Any, attention: str) -> str | None:
     for name in ("position_ids", "past_key_values"):
         if name not in parameters:
             return f"its forward takes no `{name}`"
-    for layer in DynamicCache(config=model.config).layers:
+    return other_state(model)
+
+
+def other_state(model: Any) -> str | None:
+    """What a model keeps besides keys and values, as the end of a sentence, or `None`."""
+    for layer in DynamicCache(config=unwrapped(model).config).layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             return f"it keeps other state than keys and values ({type(layer).__name__})"
     return None
@@ -241,7 +261,7 @@ def _say_once(model: Any, reason: str) -> None:
     said = _SAID.setdefault(model, set())
     if reason not in said:
         said.add(reason)
-        logger.info("%s: every beam gets a cache of its own, because %s", type(model).__name__, reason)
+        logger.info("%s: %s", type(model).__name__, reason)
 
 
 def _attention_of(model: Any) -> str:
@@ -249,8 +269,8 @@ def _attention_of(model: Any) -> str:
 
 
 def _cache_options(model: Any) -> dict[str, Any]:
-    parameters = inspect.signature(unwrapped(model).forward).parameters
-    return {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in parameters else {})
+    option = logits_option(model)
+    return {"use_cache": True} | ({option: 1} if option else {})
 
 
 def _causal(attention_mask: Tensor) -> Tensor:

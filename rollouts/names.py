@@ -3,7 +3,7 @@
 import re
 import unicodedata
 
-MAX_NAME_LENGTH = 160
+MAX_NAME_LENGTH = 300
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 _MARKUP = re.compile(r"<[^<>]*>")
 

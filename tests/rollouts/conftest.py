@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 
-from rollouts.catalog import Catalog
+from rollouts.catalog import Catalog, CatalogEntry
 
 
 class ToyWorld(NamedTuple):
@@ -36,3 +36,39 @@ def toy_world(tmp_path_factory) -> ToyWorld:
 
     folder = tmp_path_factory.mktemp("toy_world")
     return ToyWorld(save_catalog(folder), folder)
+
+
+AWKWARD_NAMES = [
+    "Pixel Wave - v1",
+    "Pixel Wave - v10",
+    "Pixel",
+    'Quote "Q" {x} - v2',
+    "Back\\slash \\n [y], {z}: - v1",
+    '", "type": "LoRA',
+    "Süßes 水彩 ✨ - v3",
+    "水 - v1",
+    "水彩 - v1",
+    "مرحبا بالعالم - v1",
+    "שלום - v2",
+    "👩🏽🎨🦊 - v1",
+    "Long " + "m" * 295,
+    "Long " + "m" * 294 + "n",
+    "{}",
+    "512",
+]
+
+
+@pytest.fixture(scope="session")
+def awkward_catalog() -> Catalog:
+    """Models whose names are hard to write in JSON, in tokens, or beside each other; of both architectures."""
+    entries = []
+    for number, name in enumerate(AWKWARD_NAMES):
+        base_model, side = ("SDXL 1.0", 1024) if number % 5 == 4 else ("SD 1.5", 512)
+        parameters = {"width": side, "height": side, "sampling method": "Euler a", "sampling steps": 20, "cfg scale": 7}
+        entries.append(
+            CatalogEntry(
+                name=name, version_id=number, model_id=number, type="Checkpoint", base_model=base_model,
+                description=f'A model, "{name[:20]}". Tags: a, {"b" * number}.', default_parameters=parameters,
+            )
+        )  # fmt: skip
+    return Catalog(entries)

@@ -105,7 +105,7 @@ BAD_ROWS = [
     ({"default_parameters": {"width": 512}}, "default_parameters"),
     ({"description": "d" * 4001}, "`model description`"),
     ({"name": ""}, "`name` '' must be non-empty"),
-    ({"name": "m" * 161}, "at most 160"),
+    ({"name": "m" * 301}, "at most 300"),
     ({"name": "../../etc/passwd"}, "must not look like a path"),
     ({"name": "/abs"}, "must not look like a path"),
     ({"name": "C:\\model"}, "must not look like a path"),

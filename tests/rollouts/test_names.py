@@ -42,7 +42,7 @@ def test_clean_name(title, expected):
         "C: the movie",
         "Tom & Jerry's | v1",
         "...",
-        "m" * 160,
+        "m" * 300,
         "-",
     ],
 )
@@ -60,7 +60,7 @@ def test_usable_names(name):
         ("two  spaces", "repeated spaces"),
         (" padded", "non-empty text"),
         ("e\u0301clair", "non-empty text"),
-        ("m" * (MAX_NAME_LENGTH + 1), "at most 160 characters long, but has 161"),
+        ("m" * (MAX_NAME_LENGTH + 1), "at most 300 characters long, but has 301"),
         ("/etc/passwd", "path"),
         ("\\\\server\\share", "path"),
         ("~/.ssh/id_rsa", "path"),
