@@ -3,6 +3,7 @@
 Unknown keys, values of the wrong type and unreadable files end the command with one line that says what to change.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import logging
@@ -37,7 +38,8 @@ def parse_config(*dataclass_types: type[Any], args: Sequence[str] | None = None,
     Raises:
         ConfigError: If the file is missing or no YAML mapping, a key is unknown or a value has the wrong type.
     """
-    from trl import TrlParser
+    with contextlib.redirect_stdout(sys.stderr):  # transformers prints when wandb is offline
+        from trl import TrlParser
 
     args = list(sys.argv[1:] if args is None else args)
     path = _config_path(args)

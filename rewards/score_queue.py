@@ -1,25 +1,18 @@
 """One scorer, many callers: requests wait in a queue and those that meet there are scored in one batch."""
 
 import logging
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
+from rewards.batch_queue import BatchQueue, Job
 from rewards.images import ImageError, load_image
 from rewards.scorer import Scored, Scorer
 from rewards.wire import Picture, ScoreRequest
 
 logger = logging.getLogger(__name__)
-
-
-class QueueClosedError(RuntimeError):
-    """The queue takes nothing more; it is finishing what it has."""
 
 
 class ScorerFailedError(RuntimeError):
@@ -37,20 +30,10 @@ class BatchReport(NamedTuple):
     seconds: float
 
 
-@dataclass(eq=False)
-class Job:
-    """A request that waits or is being scored."""
+class ScoreQueue(BatchQueue[ScoreRequest, Scored]):
+    """Gives a scorer to one thread; a request counts as many as it has pairs.
 
-    request: ScoreRequest
-    future: "Future[Scored]" = field(default_factory=Future)
-    arrived: float = field(default_factory=time.monotonic)
-
-
-class ScoreQueue:
-    """Gives a scorer to one thread, which merges waiting requests into batches.
-
-    A batch is closed when `max_batch` pairs wait or its first request has waited `max_wait` seconds. If scoring it
-    fails, its requests are scored one by one, so that only those at fault fail.
+    If scoring a batch fails, its requests are scored one by one, so that only those at fault fail.
     """
 
     def __init__(
@@ -66,75 +49,15 @@ class ScoreQueue:
             max_wait: Seconds that a request waits for company while the scorer is idle.
             on_batch: Called after each batch, on the queue's thread.
         """
-        self.name, self.scorer = name, scorer
-        self.max_batch, self.max_wait = max_batch, max_wait
-        self._on_batch = on_batch
-        self._jobs: deque[Job] = deque()
-        self._changed = threading.Condition()
-        self._closed = False
-        # A daemon, so that a scorer that never returns can't keep a process alive that was told twice to stop.
-        self._thread = threading.Thread(target=self._run, name=f"scorer {name}", daemon=True)
-        self._thread.start()
+        self.scorer, self._on_batch = scorer, on_batch
+        super().__init__(name, max_batch=max_batch, max_wait=max_wait)
 
-    def __len__(self) -> int:
-        """Requests that wait, without those being scored."""
-        return len(self._jobs)
+    def size(self, request: ScoreRequest) -> int:
+        """Pairs."""
+        return len(request.prompts)
 
-    def submit(self, request: ScoreRequest) -> Job:
-        """Put a request into the queue; its `future` gets the scores, or a ScorerFailedError.
-
-        Raises:
-            QueueClosedError: After `close`.
-        """
-        job = Job(request)
-        with self._changed:
-            if self._closed:
-                raise QueueClosedError(f"The queue of {self.name} is closed.")
-            self._jobs.append(job)
-            self._changed.notify()
-        return job
-
-    def cancel(self, job: Job) -> None:
-        """Forget a request nobody waits for, unless it is being scored already."""
-        with self._changed:
-            if job.future.cancel() and job in self._jobs:
-                self._jobs.remove(job)  # its pictures would stay in memory until its turn came
-
-    def close(self) -> None:
-        """Take nothing more, finish what waits, and end the thread."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while jobs := self._next_batch():
-            jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
-            if jobs:
-                self._answer(jobs)
-
-    def _next_batch(self) -> list[Job]:
-        """Requests to score together; none when the queue is closed and empty."""
-        with self._changed:
-            while (patience := self._patience()) > 0:
-                self._changed.wait(patience)
-            batch, room = [], self.max_batch
-            while self._jobs and (not batch or len(self._jobs[0].request.prompts) <= room):
-                batch.append(self._jobs.popleft())
-                room -= len(batch[-1].request.prompts)
-            return batch
-
-    def _patience(self) -> float:
-        """Seconds until the next batch starts, if nothing changes."""
-        if self._closed:
-            return 0.0
-        if not self._jobs:
-            return threading.TIMEOUT_MAX
-        if sum(len(job.request.prompts) for job in self._jobs) >= self.max_batch:
-            return 0.0
-        return self._jobs[0].arrived + self.max_wait - time.monotonic()
-
-    def _answer(self, jobs: list[Job]) -> None:
+    def answer(self, jobs: list[Job[ScoreRequest, Scored]]) -> None:
+        """Score a batch."""
         prompts = [prompt for job in jobs for prompt in job.request.prompts]
         pictures = [picture for job in jobs for picture in job.request.pictures]
         started, failure = time.perf_counter(), None
@@ -156,14 +79,14 @@ class ScoreQueue:
             job.future.set_result(Scored(scores[start:end], own))
             start = end
 
-    def _fail(self, jobs: list[Job], error: BaseException) -> None:
+    def _fail(self, jobs: list[Job[ScoreRequest, Scored]], error: BaseException) -> None:
         if len(jobs) == 1:
             logger.warning("%s failed on a request.", self.name, exc_info=error)
             jobs[0].future.set_exception(ScorerFailedError(f"{self.name} failed: {error!r:.500}"))
             return
         logger.warning("%s failed on a batch (%r); its %d requests go one by one.", self.name, error, len(jobs))
         for job in jobs:
-            self._answer([job])
+            self.answer([job])
 
 
 def score_pictures(scorer: Any, prompts: Sequence[str], pictures: Sequence[Picture]) -> Scored:

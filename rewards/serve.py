@@ -24,11 +24,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 
 from rewards.commandline import ConfigError, run_command
+from rewards.gate import Gate
 from rewards.images import MAX_PIXELS
 from rewards.registry import load_scorer
 from rewards.score_queue import ScoreQueue
@@ -109,27 +110,32 @@ def main(config: RewardServiceConfig) -> None:
     )
     for arguments in config.scorers:
         service.scorers[arguments["as"]] = _load(arguments, config, service)
-    sys.exit(run(service, listener))
+    sys.exit(run(service, build_app(service), listener, ", ".join(service.scorers)))
 
 
-def run(service: RewardService, listener: socket.socket) -> int:
-    """Serve on a bound socket until a signal comes; returns the exit code, 0 if everything accepted was answered."""
+def run(service: Gate, app: Any, listener: socket.socket, what: str) -> int:
+    """Serve on a bound socket until a signal comes; returns the exit code, 0 if everything accepted was answered.
+
+    Args:
+        service: What `app` serves; it is told when it has to stop.
+        app: ASGI application.
+        listener: See `bind`.
+        what: For the log.
+    """
     import uvicorn
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             host, port = listener.getsockname()[:2]
-            logger.info(
-                "Serving %s at http://%s:%d.", ", ".join(service.scorers), f"[{host}]" if ":" in host else host, port
-            )
+            logger.info("Serving %s at http://%s:%d.", what, f"[{host}]" if ":" in host else host, port)
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             service.stopping = True  # requests on connections that are still open get 503
             super().handle_exit(sig, frame)
 
     uvicorn_config = uvicorn.Config(
-        build_app(service),
+        app,
         http="h11",  # also where a faster one is installed: what is tested is what runs
         loop="asyncio",
         ws="none",
@@ -155,7 +161,15 @@ def run(service: RewardService, listener: socket.socket) -> int:
     return 130 if server.force_exit else 0
 
 
-def read_token(config: RewardServiceConfig) -> str | None:
+class Listening(Protocol):
+    """Options of every command that serves."""
+
+    host: str
+    token_env: str
+    allow_no_token: bool
+
+
+def read_token(config: Listening) -> str | None:
     """The token from the environment.
 
     Raises:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rewards.score_queue import QueueClosedError, ScoreQueue, ScorerFailedError, score_pictures
+from rewards.batch_queue import QueueClosedError
+from rewards.score_queue import ScoreQueue, ScorerFailedError, score_pictures
 from rewards.scorer import Scored
 from rewards.wire import Picture, ScoreRequest
 
