@@ -171,9 +171,13 @@ class CallProcessor:
         constraint: What may be written.
         prompt_length: Columns of the (padded) prompts.
         eos_token_id: The only token after a call.
+        model_only: End an answer as soon as it has decided on a model.
     """
 
-    def __init__(self, constraint: CallConstraint, prompt_length: int, eos_token_id: int) -> None:
+    def __init__(
+        self, constraint: CallConstraint, prompt_length: int, eos_token_id: int, *, model_only: bool = False
+    ) -> None:
+        self._model_only = model_only
         self._constraint = constraint
         self._prompt_length = prompt_length
         self._eos = eos_token_id
@@ -199,7 +203,10 @@ class CallProcessor:
         return [self._eos]
 
     def _allowed(self, state: State) -> Sequence[int] | np.ndarray:
-        return self._eos_only if self._constraint.grammar.is_finished(state) else self._constraint.allowed(state)
+        grammar = self._constraint.grammar
+        if grammar.is_finished(state) or (self._model_only and grammar.chosen_model(state) is not None):
+            return self._eos_only
+        return self._constraint.allowed(state)
 
     def _state(self, written: tuple[int, ...]) -> State | None:
         """Of a row; `None` after its end, and for rows that a search has given up."""

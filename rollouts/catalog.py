@@ -85,6 +85,7 @@ class CatalogEntry(BaseModel):
     default_parameters: Parameters
     stats: dict[str, FiniteFloat] = {}
     license: dict[str, str] = {}
+    nsfw: bool = False
 
     @field_validator("name")
     @classmethod

@@ -93,8 +93,16 @@ def megapixel_steps(key: BatchKey, images: int) -> float:
     Raises:
         SamplerError: The sampler is unknown.
     """
-    evaluations = key.steps * _calls_per_step(key.sampler) * (2 if key.cfg > 1 else 1)
-    return key.width * key.height / 1e6 * evaluations * images
+    return evaluations(key.width, key.height, key.sampler, key.steps, guidance=key.cfg > 1) * images
+
+
+def evaluations(width: int, height: int, sampler: str, steps: int, *, guidance: bool) -> float:
+    """Megapixels of one picture times evaluations of the denoiser.
+
+    Raises:
+        SamplerError: The sampler is unknown.
+    """
+    return width * height / 1e6 * steps * _calls_per_step(sampler) * (2 if guidance else 1)
 
 
 @dataclass

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from align.scratch import ScratchConfig, build_from_scratch, train_bpe_tokenizer
+from align.scratch import ScratchConfig, build_from_scratch
 from rollouts.call_constraint import CallConstraint, CallProcessor, TokenizerError
 from rollouts.call_grammar import CallGrammar
 from rollouts.decoding import diverse_beam_search
@@ -15,9 +15,8 @@ from rollouts.token_bytes import TokenBytes
 
 
 @pytest.fixture(scope="module")
-def dialogue(awkward_catalog):
-    texts = [entry.default_call().to_json() for entry in awkward_catalog.values()] * 2
-    return Dialogue(train_bpe_tokenizer(texts, vocab_size=700))
+def dialogue(awkward_dialogue):
+    return awkward_dialogue
 
 
 @pytest.fixture(scope="module")

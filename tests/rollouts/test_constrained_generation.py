@@ -1,24 +1,23 @@
 """Jump-forward decoding beside `generate`, and beside what a trained policy would say anyway."""
 
 import contextlib
+import os
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from align.scratch import ScratchConfig, build_from_scratch, train_bpe_tokenizer
+from align.scratch import ScratchConfig, build_from_scratch
 from rollouts.call_constraint import CallConstraint, CallProcessor
 from rollouts.catalog import Catalog, CatalogEntry
 from rollouts.constrained_generation import Sampling, generate_calls
-from rollouts.dialogue import Dialogue
 
 TEXTS = ["a fox", "a very long road to nowhere, ink on paper", "水", "cats"]
 
 
 @pytest.fixture(scope="module")
-def dialogue(awkward_catalog):
-    texts = [entry.default_call().to_json() for entry in awkward_catalog.values()] * 2
-    return Dialogue(train_bpe_tokenizer(texts, vocab_size=700))
+def dialogue(awkward_dialogue):
+    return awkward_dialogue
 
 
 @pytest.fixture(scope="module")
@@ -51,30 +50,15 @@ def policy(dialogue):
 
 
 @pytest.fixture(scope="module")
-def trained(dialogue, awkward_catalog):
+def trained(dialogue, awkward_catalog, taught):
     """A policy that has learned a call of its own for each text by heart."""
-    policy = make(dialogue)
     chosen = ["Pixel Wave - v10", "水彩 - v1", 'Quote "Q" {x} - v2', "שלום - v2"]
     changes = [{}, {"cfg scale": 7.5}, {"width": 768, "sampling method": "DPM++ 2M Karras"}, {"sampling steps": 35}]
     calls = [
         awkward_catalog.reconstruct(name, awkward_catalog[name].default_call().to_dict() | change)
         for name, change in zip(chosen, changes, strict=True)
     ]
-    encoded = [dialogue.encode(text, call.to_json()) for text, call in zip(TEXTS, calls, strict=True)]
-    length = max(len(item.input_ids) for item in encoded)
-    ids = torch.tensor([item.input_ids + [0] * (length - len(item.input_ids)) for item in encoded])
-    labels = torch.tensor([item.labels + [-100] * (length - len(item.labels)) for item in encoded])
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
-    policy.train()
-    for _ in range(500):
-        loss = policy(input_ids=ids, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if loss.item() < 0.005:
-            break
-    return policy.eval(), calls
+    return taught(dialogue, [(text, call.to_json()) for text, call in zip(TEXTS, calls, strict=True)]), calls
 
 
 def prompts_of(dialogue, texts=TEXTS):
@@ -230,10 +214,11 @@ def test_no_random_policy_ever_writes_an_invalid_call(dialogue, awkward_catalog,
     catalog = catalog_of(size, awkward_catalog)
     constraint = CallConstraint.of_models(dialogue, catalog.values())
     policy, seen = make(dialogue), set()
-    for seed in range(10):
+    # T2I_ALIGN_RANDOM_CALLS=3400 makes ten thousand of all three.
+    for seed in range(int(os.environ.get("T2I_ALIGN_RANDOM_CALLS", "400")) // 100):
         prompts = prompts_of(dialogue, [f"picture {seed} {i}" for i in range(100)])
         for found in generate_calls(policy, prompts, constraint, sampling=Sampling(temperature=3.0, seed=seed)):
             judged = catalog.judge(found.text)
             assert judged.reason is None and judged.call == found.call and found.text == found.call.to_json()
             seen.add(found.call.model)
-    assert len(seen) > min(size, 100) * 0.7
+    assert len(seen) > min(size, 60) * 0.7
