@@ -105,6 +105,7 @@ def config_classes(path):
     """The dataclasses that a configuration file's command reads, from the command in its head."""
     from trl import ModelConfig, SFTConfig
 
+    from align.agents.serve import ServeConfig
     from align.bench.config import DABenchConfig
     from align.evaluation.diffagent import DiffAgentTablesConfig
     from align.evaluation.hallucination import HallucinationConfig
@@ -119,6 +120,7 @@ def config_classes(path):
     from rollouts.run import RunConfig
 
     commands = {
+        "align.agents.serve": (ServeConfig,),
         "align/rrhf.py": (RRHFArguments, RRHFConfig, ModelConfig),
         "rewards.score": (ScoreConfig,),
         "rewards.serve": (RewardServiceConfig,),
@@ -146,6 +148,7 @@ def test_config_file_is_read_by_its_command(path, tmp_path, monkeypatch):
     required = {"dabench.yaml": ["--source", "s", "--output", "o"], "score.yaml": ["--source", "s", "--output", "o"]}
     required["tables.yaml"] = ["--dataset", "d", "--output_dir", "o", "--weights", "w"]
     required["candidates.yaml"] = ["--model_name_or_path", "m", "--catalog", "c", "--dataset", "d", "--output", "o"]
+    required["agent.yaml"] = ["--model_name_or_path", "m", "--dataset", "d"]
     required |= {"run.yaml": rollout, "ray.yaml": rollout, "rollout.yaml": rollout}
     flags = required.get(
         path.name, [] if path.name in ("serve.yaml", "plan.yaml") else ["--dataset", "d", "--output_dir", "o"]
