@@ -4,15 +4,20 @@
         --model_name_or_path runs/sft --dataset data/dabench --output_dir runs/sft/evaluation
 
 Answers DABench's evaluation split and any prompt files greedily, judges every answer against the catalogue, and puts
-baselines that need no language model beside it. Answers are kept in `answers-*.jsonl`; a run that was killed goes on
-where it was. Writes `table.json`, `table.md`, `table.csv` and `table.png`.
+beside it what agents make of the policy (`agents`: its calls under constrained decoding, together with retrieval, or
+with the model chosen by retrieval alone) and baselines that need no language model. Answers are kept in
+`answers-*.jsonl`; a run that was killed goes on where it was. Writes `table.json`, `table.md`, `table.csv` and
+`table.png`.
 """
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from align.evaluation.answers import PolicyAnswers, prompt_text
 from align.evaluation.baselines import make_baselines
@@ -21,10 +26,18 @@ from align.evaluation.plots import draw_table
 from align.evaluation.prompt_sets import PromptFileError, PromptSet, evaluation_prompts
 from align.evaluation.tables import write_table
 from align.pairs import DataError, load_pairs
-from rewards.commandline import run_command, save_config
+from rewards.commandline import ConfigError, run_command, save_config
+from rollouts.api import APICall
 from rollouts.catalog import Catalog, CatalogError
 
+if TYPE_CHECKING:
+    from align.agents.diffagent import DiffAgent
+
 logger = logging.getLogger(__name__)
+
+AGENTS = {"constrained": "constrained", "hybrid": "constrained, with retrieval", "retrieval": "model by retrieval"}
+RETRIEVAL_ALONE = 1e4
+"""Nats: more than any policy's preference is worth."""
 
 
 @dataclass
@@ -45,6 +58,13 @@ class HallucinationConfig:
     seed: int = field(default=0, metadata={"help": "Of the choice of prompts."})
     baselines: list[str] = field(
         default_factory=lambda: ["popular", "tfidf"], metadata={"help": "Any of popular, tfidf, embedding."}
+    )
+    agents: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Further rows of the policy: any of constrained, hybrid (needs calibration), retrieval."},
+    )
+    calibration: str | None = field(
+        default=None, metadata={"help": "Folder of calibration.json (align.agents.calibrate); none: the policy's."}
     )
     sentence_encoder: str | None = field(
         default=None, metadata={"help": "sentence-transformers model of the `embedding` baseline, name or folder."}
@@ -68,6 +88,10 @@ class HallucinationConfig:
         unknown = sorted(set(self.baselines) - {"popular", "tfidf", "embedding"})
         if unknown:
             raise ValueError(f"`baselines` may hold popular, tfidf and embedding, but got {unknown}.")
+        if unknown := sorted(set(self.agents) - set(AGENTS)):
+            raise ValueError(f"`agents` may hold {', '.join(AGENTS)}, but got {unknown}.")
+        if self.agents and self.model_name_or_path is None:
+            raise ValueError("`agents` needs `model_name_or_path`, their policy.")
         if "embedding" in self.baselines and self.sentence_encoder is None:
             raise ValueError("The `embedding` baseline needs `sentence_encoder`.")
 
@@ -97,6 +121,11 @@ def main(config: HallucinationConfig) -> dict[str, Any]:
             seconds = bootstrap([answer["seconds"] for answer in answers]).value
             row = score(config.model_name_or_path, prompts, [a["text"] for a in answers], catalog, seconds)
             rows.append(row | {"one_at_a_time_seconds": policy.latency(prompts, config.latency_prompts)})
+        for name, agent in make_agents(config, data["sft"], catalog):
+            for prompts in sets:
+                started = time.perf_counter()
+                texts = [call.to_json() for call in agent_calls(agent, prompts, config.batch_size)]
+                rows.append(score(name, prompts, texts, catalog, (time.perf_counter() - started) / len(texts)))
     for baseline in make_baselines(
         config.baselines, data["sft"], catalog, config.architecture,
         sentence_encoder=config.sentence_encoder, where=f"`dataset` {config.dataset}",
@@ -114,6 +143,46 @@ def main(config: HallucinationConfig) -> dict[str, Any]:
         logger.warning("no table.png: %s", error)
     logger.info((output / "table.md").read_text())
     return report
+
+
+def make_agents(config: HallucinationConfig, rows: Any, catalog: Catalog) -> Iterator[tuple[str, "DiffAgent"]]:
+    """The agents that are asked for, with the names of their rows.
+
+    Raises:
+        ConfigError: `hybrid` without a calibration that gives retrieval a weight.
+    """
+    if not config.agents:
+        return
+    from align.agents.calibration import Calibration
+    from align.agents.diffagent import DiffAgent
+
+    folder = str(config.model_name_or_path)
+    calibration = Calibration.load(config.calibration or folder)
+    examples = [(row["instruction"]["prompt"], row["api"]["model"]) for row in rows]
+    if "hybrid" in config.agents and not calibration.retrieval_weight:
+        raise ConfigError(
+            f"`agents` hybrid needs the weight of retrieval, but {config.calibration or folder} has none: run "
+            "python -m align.agents.calibrate."
+        )
+    weights = {"constrained": 0.0, "hybrid": calibration.retrieval_weight, "retrieval": RETRIEVAL_ALONE}
+    agent = DiffAgent.from_pretrained(
+        folder, catalog, device=config.device, dtype=config.dtype, architecture=config.architecture,
+        examples=examples, max_prompt_tokens=config.max_prompt_tokens,
+    )  # fmt: skip
+    for name in config.agents:
+        agent.calibration = Calibration(retrieval_weight=weights[name])
+        yield f"{folder}, {AGENTS[name]}", agent
+
+
+def agent_calls(agent: "DiffAgent", prompts: PromptSet, batch_size: int) -> list[APICall]:
+    """An agent's calls for a prompt set."""
+    calls: list[APICall] = []
+    with tqdm(total=len(prompts.instructions), desc="calling", unit=" prompts", mininterval=1.0) as bar:
+        for start in range(0, len(prompts.instructions), batch_size):
+            batch = prompts.instructions[start : start + batch_size]
+            calls += agent.call(batch)
+            bar.update(len(batch))
+    return calls
 
 
 def score(

@@ -8,6 +8,7 @@ import sys
 import datasets
 import pytest
 
+from align.agents.calibration import Calibration
 from align.evaluation.hallucination import HallucinationConfig, main
 from align.pairs import DataError
 from align.scratch import ScratchConfig, build_from_scratch
@@ -117,6 +118,26 @@ def test_numbers_of_the_baselines(dabench, parti):
     assert tfidf["distinct_models"] == 3
     assert elsewhere["hallucination"]["n"] == 3 and "version_accuracy" not in elsewhere
     assert not list((dabench.parent / "out").glob("answers-*"))  # a policy's only
+
+
+def test_agents_of_a_policy_never_hallucinate(dabench, parti, tokenizer, tmp_path):
+    name = save_policy(tmp_path / "policy", tokenizer)
+    Calibration(retrieval_weight=1e5).save(name)
+    agents = ["constrained", "hybrid", "retrieval"]
+    report = main(options(dabench, parti_prompts=parti, model_name_or_path=name, agents=agents, baselines=[]))
+    assert [(row["method"], row["prompts"]) for row in report["rows"][2:]] == [
+        (f"{name}, {kind}", prompts)
+        for kind in ("constrained", "constrained, with retrieval", "model by retrieval")
+        for prompts in ("DABench", "PartiPrompts")
+    ]
+    assert [row["hallucination"]["value"] for row in report["rows"]] == [1.0] * 2 + [0.0] * 6
+    # Words find Fox v1, City and Fox v2, which are right, right, and right but for the version; the last prompt has
+    # no word in common with anything, so that the policy decides.
+    for row in (report["rows"][4], report["rows"][6]):
+        assert value(row, "version") in (0.5, 0.75) and value(row, "model") in (0.75, 1.0)
+    Calibration().save(name)
+    with pytest.raises(ConfigError, match="`agents` hybrid needs the weight of retrieval.*align.agents.calibrate"):
+        main(options(dabench, model_name_or_path=name, agents=["hybrid"], baselines=[]))
 
 
 def test_a_policy_beside_the_baselines(dabench, parti, tokenizer, tmp_path):
