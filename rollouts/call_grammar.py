@@ -7,8 +7,8 @@
 In its canonical text (`APICall.to_json`) a call is a chain of slots: its beginning with the model, whose type and base
 model follow from the name; width, height, sampler, steps and cfg scale; and the description, which again follows from
 the name. Each slot offers a finite list of texts, none of which begins another, in the order of their bytes. So
-everything that begins like this is a range of the list, a catalogue needs no trie in memory, and one that is filtered
-is ready at once. What a slot offers may depend on what was chosen before it.
+everything that begins like this is a range of the list, and neither a catalogue nor one that is filtered for a request
+needs a trie in memory. What a slot offers may depend on what was chosen before it.
 """
 
 import json

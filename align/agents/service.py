@@ -241,6 +241,8 @@ class AgentService(Gate):
         for name, text in [*(("prompt", prompt) for prompt in prompts), ("negative_prompt", negative)]:
             if not isinstance(text, str):
                 raise Refusal(400, f"`{name}` must be text, but is {type(text).__name__}")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise Refusal(400, f"`{name}` holds half a surrogate pair, which is no text")
             if len(text) > self.max_prompt_chars:
                 raise Refusal(413, f"`{name}` has {len(text):,} characters; {self.max_prompt_chars:,} are allowed")
         formats = value.get("formats", [])
@@ -255,7 +257,8 @@ class AgentService(Gate):
         )
 
     def _written(self, item: Mapping[str, str], answer: AgentAnswer, request: CallRequest) -> dict[str, Any]:
-        given = (answer.call, self.agent.catalog, item["prompt"], item["negative prompt"], request.seed)
+        # The catalogue it was answered with: by now the model can have retired.
+        given = (answer.call, answer.catalog, item["prompt"], item["negative prompt"], request.seed)
         return {"prompt": item["prompt"]} | answer.to_dict() | {name: EXPORTS[name](*given) for name in request.formats}
 
 

@@ -20,11 +20,6 @@ def dialogue(awkward_dialogue):
 
 
 @pytest.fixture(scope="module")
-def constraint(dialogue, awkward_catalog):
-    return CallConstraint.of_models(dialogue, awkward_catalog.values())
-
-
-@pytest.fixture(scope="module")
 def policy(dialogue):
     size = ScratchConfig(
         vocab_size=len(dialogue.tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,

@@ -20,11 +20,6 @@ def dialogue(awkward_dialogue):
     return awkward_dialogue
 
 
-@pytest.fixture(scope="module")
-def constraint(dialogue, awkward_catalog):
-    return CallConstraint.of_models(dialogue, awkward_catalog.values())
-
-
 def make(dialogue, kind="llama", **options):
     if kind == "llama":
         size = ScratchConfig(

@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from align.agents import CallFilter
+from align.agents.service import AgentService, CallRequest
 from rollouts.api import APICall
 from rollouts.catalog import Catalog
 
@@ -144,6 +146,7 @@ def test_curl(server):
         ({"prompt": 3}, 400, "`prompt` must be text or a list of texts"),
         ({"prompt": ["a", 3]}, 400, "`prompt` must be text, but is int"),
         ({"prompt": "a", "negative_prompt": None}, 400, "`negative_prompt` must be text"),
+        (b'{"prompt": "a \\ud800 b"}', 400, "`prompt` holds half a surrogate pair"),
         ({"prompt": "x" * 501}, 413, "`prompt` has 501 characters; 500 are allowed"),
         ({"prompt": ["a"] * 9}, 413, "`prompt` holds 9 texts; 8 are allowed"),
         ({"prompt": "a", "promt": 1}, 400, "unknown field 'promt'; a request may hold prompt, negative_prompt"),
@@ -213,6 +216,17 @@ def test_many_at_once_get_their_own_answers(server, client):
     with ThreadPoolExecutor(24) as pool:
         for prompt, answer in zip(prompts, pool.map(ask, prompts), strict=True):
             assert answer["call"]["model"] == LEARNED[prompt]
+
+
+def test_exports_are_of_the_catalogue_that_was_asked(agent_of, shop):
+    agent = agent_of()
+    service = AgentService(agent)
+    request = CallRequest(({"prompt": "a fox in pixel art", "negative prompt": ""},), CallFilter(), 0, ("a1111",))
+    answers = agent.answer(request.instructions)
+    agent.reload(Catalog([entry for entry in shop.values() if entry.name != "Pixel Wave - v10"]))
+    written = service._written(request.instructions[0], answers[0], request)
+    assert written["call"]["model"] == "Pixel Wave - v10" and written["a1111"]["steps"] == 20
+    service.close()
 
 
 def test_a_catalogue_that_changes_is_read_again(folder_of, shop):
