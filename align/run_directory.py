@@ -119,7 +119,7 @@ def save_policy(trainer: Trainer, dialogue: Dialogue, output: Path, *, merge_lor
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
         dialogue.tokenizer.save_pretrained(output)
-        dialogue.form.save(output)
+        dialogue.save_form(output)
 
 
 def write_model_card(

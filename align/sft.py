@@ -1,6 +1,7 @@
-"""Supervised fine-tuning of a policy on instruction-call pairs: DiffAgent-SFT (Sec. 3.2.1, Eq. 1).
+"""Supervised fine-tuning: DiffAgent-SFT (Sec. 3.2.1, Eq. 1), ChatGen-Base (Eq. 1) and stage 1 of ChatGen-Evo (Eq. 2).
 
     accelerate launch align/sft.py --config configs/diffagent/sft.yaml --dataset data/dabench --output_dir runs/sft
+    accelerate launch align/sft.py --config configs/chatgen/base.yaml --dataset data/chatgenbench --output_dir runs/base
 
 Starts from a pretrained model (`model_name_or_path`, safetensors or GGUF) or from nothing (`from_scratch: true`, with a
 tokenizer trained on the data). Resumes from the last complete checkpoint in `output_dir` when started again.
@@ -15,11 +16,13 @@ from typing import Any
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
+from align.chat_dialogue import PLANNING_TASK, WRITING_TASK, ChatFormat
 from align.distributed import prepare_cpu_deepspeed
-from align.pairs import DataError, encode_pairs, load_pairs, response_text
+from align.pairs import DataError
 from align.run_directory import MetricsFile, resume_from, save_policy, write_model_card
 from align.sample_answers import SampleAnswers
 from align.scratch import ScratchConfig, build_from_scratch, train_bpe_tokenizer
+from align.sft_tasks import CallTask, ChatTask, Learned, Task
 from rewards.commandline import ConfigError, run_command, save_config
 from rewards.tracking import check_wandb
 from rollouts.api import ARCHITECTURES
@@ -34,7 +37,13 @@ logger = logging.getLogger(__name__)
 class SFTArguments:
     """Options of `align/sft.py` beside TRL's `SFTConfig` (training) and `ModelConfig` (model, LoRA)."""
 
-    dataset: str = field(metadata={"help": "DABench folder (output of align.bench.dabench), or one DatasetDict in it."})
+    dataset: str = field(
+        metadata={"help": "DABench or ChatGenBench folder (output of align.bench), or one DatasetDict in it."}
+    )
+    learn: Learned = field(
+        default="call",
+        metadata={"help": "What to write: the call of an instruction, or the plan or only the prompt of a chat."},
+    )
     architecture: str = field(
         default="SD 1.5", metadata={"help": "Base model architecture: one agent is trained per one."}
     )
@@ -48,6 +57,11 @@ class SFTArguments:
     )
     system_prompt: str | None = field(default=None, metadata={"help": "System message of every dialogue; none: none."})
     negative_prompt: bool = field(default=False, metadata={"help": "Also tell the policy the negative prompt."})
+    writing_task: str = field(
+        default=WRITING_TASK,
+        metadata={"help": "`learn: prompt`: what stands before a chat (ChatGen Eq. 2); can be empty."},
+    )
+    planning_task: str = field(default=PLANNING_TASK, metadata={"help": "The same for `learn: plan`."})
     plain_dialogue: bool = field(default=False, metadata={"help": "Ignore the tokenizer's chat template."})
     max_train_rows: int | None = field(default=None, metadata={"help": "Train on this many rows only; none: all."})
     max_eval_rows: int | None = field(default=500, metadata={"help": "Evaluate the loss on this many rows; none: all."})
@@ -67,17 +81,16 @@ class SFTArguments:
 def main(args: SFTArguments, training: SFTConfig, model_args: ModelConfig, scratch: ScratchConfig) -> dict[str, float]:
     """Train, evaluate and save; returns the last metrics."""
     _check(args, training, model_args)
-    data = load_pairs(args.dataset, args.architecture)
-    tokenizer, policy = _load(args, training, model_args, scratch, data["sft"])
+    task = _task(args)
+    tokenizer, policy = _load(args, training, model_args, scratch, task)
     facts: dict[str, Any] = {
         "base": model_args.model_name_or_path or "from scratch",
         "parameters": f"{policy.num_parameters():,}",
-        "architecture": args.architecture,
-    }
-    dialogue = Dialogue(tokenizer, _dialogue_format(args))
+    } | ({"architecture": args.architecture} if args.learn == "call" else {"learned": args.learn})
+    dialogue = task.dialogue(tokenizer)
     max_length = training.max_length or tokenizer.model_max_length
-    train_rows = encode_pairs(_first(data["sft"], args.max_train_rows), dialogue, max_length, what="sft")
-    eval_rows = encode_pairs(_first(data["eval"], args.max_eval_rows), dialogue, max_length, what="eval")
+    train_rows = task.encode(_first(task.rows, args.max_train_rows), dialogue, max_length, "sft")
+    eval_rows = task.encode(_first(task.eval_rows, args.max_eval_rows), dialogue, max_length, "eval")
     _show_sample(train_rows[0], tokenizer)
     if "wandb" in (training.report_to or ()):
         check_wandb()
@@ -90,11 +103,11 @@ def main(args: SFTArguments, training: SFTConfig, model_args: ModelConfig, scrat
         eval_dataset=eval_rows,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
-        callbacks=_callbacks(args, output, dialogue, data["eval"]),
+        callbacks=_callbacks(args, output, dialogue, task),
     )
     if trainer.is_world_process_zero():
         save_config(output / "config.yaml", scratch, model_args, training, args)
-        dialogue.form.save(output)
+        dialogue.save_form(output)
     trainer.train(resume_from_checkpoint=resume_from(training, auto_resume=args.auto_resume))
     metrics = trainer.evaluate() if training.eval_strategy != "no" else {}
     facts |= {
@@ -105,10 +118,9 @@ def main(args: SFTArguments, training: SFTConfig, model_args: ModelConfig, scrat
     }
     save_policy(trainer, dialogue, output, merge_lora=args.merge_lora)
     if trainer.is_world_process_zero():
-        title = f"DiffAgent-SFT for {args.architecture}"
-        write_model_card(output, title=title, command=_command(), facts=facts, metrics=metrics)
+        write_model_card(output, title=task.title, command=_command(), facts=facts, metrics=metrics)
         if training.push_to_hub:
-            trainer.push_to_hub(commit_message="DiffAgent-SFT")
+            trainer.push_to_hub(commit_message=task.title)
     return metrics
 
 
@@ -128,11 +140,10 @@ def _check(args: SFTArguments, training: SFTConfig, model_args: ModelConfig) -> 
 
 
 def _load(
-    args: SFTArguments, training: SFTConfig, model_args: ModelConfig, scratch: ScratchConfig, rows: Any
+    args: SFTArguments, training: SFTConfig, model_args: ModelConfig, scratch: ScratchConfig, task: Task
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     if args.from_scratch:
-        texts = (text for row in rows for text in (row["instruction"]["prompt"], response_text(row["api"])))
-        tokenizer: PreTrainedTokenizerBase = train_bpe_tokenizer(texts, vocab_size=scratch.vocab_size)
+        tokenizer: PreTrainedTokenizerBase = train_bpe_tokenizer(task.texts(), vocab_size=scratch.vocab_size)
         model = build_from_scratch(scratch, tokenizer, seed=training.seed)
         if model_args.attn_implementation is not None:
             model.set_attn_implementation(model_args.attn_implementation)
@@ -150,8 +161,12 @@ def _load(
     return tokenizer, policy
 
 
-def _dialogue_format(args: SFTArguments) -> DialogueFormat:
-    return DialogueFormat(args.system_prompt, args.negative_prompt, args.plain_dialogue)
+def _task(args: SFTArguments) -> Task:
+    if args.learn == "call":
+        form = DialogueFormat(args.system_prompt, args.negative_prompt, args.plain_dialogue)
+        return CallTask(args.dataset, args.architecture, form)
+    chat_form = ChatFormat(args.writing_task, args.planning_task, args.plain_dialogue)
+    return ChatTask(args.dataset, args.learn, chat_form)
 
 
 def _first(rows: Any, count: int | None) -> Any:
@@ -170,14 +185,14 @@ def _show_sample(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Non
     logger.info("learned: %r", tokenizer.decode(learned))
 
 
-def _callbacks(args: SFTArguments, output: Path, dialogue: Dialogue, rows: Any) -> list[Any]:
+def _callbacks(args: SFTArguments, output: Path, dialogue: Dialogue, task: Task) -> list[Any]:
     callbacks: list[Any] = [MetricsFile(output)]
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
-    if args.sample_answers:
+    if args.sample_answers and task.samples_calls:
         path = Path(args.catalog) if args.catalog else Path(args.dataset) / "catalog.jsonl"
         if args.catalog or path.is_file():
-            chosen = _first(rows, args.sample_answers)
+            chosen = _first(task.eval_rows, args.sample_answers)
             callbacks.append(SampleAnswers(dialogue, chosen, Catalog.load(path), args.sample_answer_tokens, output))
         else:
             logger.warning("No sample answers: there is no %s; name one with --catalog.", path)

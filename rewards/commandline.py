@@ -6,6 +6,7 @@ Unknown keys, values of the wrong type and unreadable files end the command with
 import contextlib
 import dataclasses
 import difflib
+import json
 import logging
 import os
 import sys
@@ -60,6 +61,28 @@ def parse_config(*dataclass_types: type[Any], args: Sequence[str] | None = None,
     for value in values:
         _check_types(type(value), vars(value), where)
     return values[0] if len(values) == 1 else values
+
+
+def from_json(name: str, value: Any, kind: type[Any]) -> Any:
+    """An option that is a mapping or a list in a YAML file, and JSON text on a command line.
+
+    Args:
+        name: Of the option, for messages.
+        value: As given.
+        kind: `dict` or `list`.
+
+    Raises:
+        ValueError: Neither that, nor JSON text of it.
+    """
+    what = {dict: "mapping", list: "list"}[kind]
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"`{name}` must be a {what}, or one as JSON text, but is {value!r} ({error}).") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"`{name}` must be a {what}, but is {value!r}.")
+    return value
 
 
 def check_config_file(path: Path, *dataclass_types: type[Any]) -> dict[str, Any]:

@@ -91,6 +91,10 @@ class Dialogue:
             (token for token in added | set(tokenizer.all_special_tokens) if len(token) > 1), key=len, reverse=True
         )
 
+    def save_form(self, folder: str | Path) -> None:
+        """Keep the format with a policy's weights."""
+        self.form.save(folder)
+
     def user_text(self, instruction: Mapping[str, str] | str) -> str:
         """The user's message of an instruction: its prompt, and its negative prompt if the format says so."""
         if isinstance(instruction, str):
@@ -167,7 +171,10 @@ class Dialogue:
         prompt = self._render(user, None)
         if response is None:
             return self._ids(prompt), []
-        whole = self._render(user, response)
+        return self._ids(prompt), self._response_ids(prompt, self._render(user, response), response)
+
+    def _response_ids(self, prompt: str, whole: str, response: str) -> list[int]:
+        """Tokens of a response with its end token, of the dialogue's text without and with it."""
         if not whole.startswith(prompt):
             raise DialogueError(
                 "The chat template writes a prompt differently once a response follows it, so the response can't be "
@@ -181,7 +188,7 @@ class Dialogue:
             )
         ids = self._ids(rest.rstrip("\n"))
         end = self.tokenizer.eos_token_id
-        return self._ids(prompt), ids if ids[-1:] == [end] else [*ids, end]
+        return ids if ids[-1:] == [end] else [*ids, end]
 
     def _render(self, user: str, response: str | None) -> str:
         user = self._defuse(user)
@@ -195,6 +202,9 @@ class Dialogue:
             messages.insert(0, {"role": "system", "content": self.form.system_prompt})
         if response is not None:
             messages.append({"role": "assistant", "content": response})
+        return self._apply_template(messages, response is None)
+
+    def _apply_template(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError
 
         try:
@@ -202,7 +212,7 @@ class Dialogue:
                 self.tokenizer.apply_chat_template(
                     messages,
                     tokenize=False,
-                    add_generation_prompt=response is None,
+                    add_generation_prompt=add_generation_prompt,
                     enable_thinking=False,  # Qwen3 and its like: the empty thought belongs to the prompt
                 )
             )

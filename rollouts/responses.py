@@ -72,6 +72,27 @@ def generate_responses(
         progress: Show a progress bar.
     """
     prompts = [dialogue.encode_prompt(instruction, max_prompt_tokens) for instruction in instructions]
+    yield from answer_prompts(
+        policy, dialogue, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, do_sample=do_sample,
+        temperature=temperature, top_p=top_p, seed=seed, skip=skip, progress=progress,
+    )  # fmt: skip
+
+
+def answer_prompts(
+    policy: PreTrainedModel,
+    dialogue: Dialogue,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    skip: frozenset[int] = frozenset(),
+    progress: bool = True,
+) -> Iterator[Response]:
+    """Answer prompts that are token ids already; everything else is as in `generate_responses`."""
     batches = batches_by_length(prompts, batch_size)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if do_sample:
@@ -110,7 +131,7 @@ def left_padded(
 def _answer_batch(
     policy: PreTrainedModel,
     dialogue: Dialogue,
-    prompts: list[list[int]],
+    prompts: Sequence[Sequence[int]],
     batch: list[int],
     max_new_tokens: int,
     sampling: dict[str, Any],

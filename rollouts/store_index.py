@@ -146,7 +146,7 @@ def _connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
     db = _sqlite(f"{path.absolute().as_uri()}?mode=rwc", busy_seconds)
     try:
         _check_version(db, path)
-        mode = _set_wal(db, busy_seconds)
+        mode = set_wal(db, busy_seconds)
         if mode != "wal":
             raise StoreError(
                 "io",
@@ -194,8 +194,11 @@ def _sqlite(uri: str, busy_seconds: float) -> sqlite3.Connection:
     return sqlite3.connect(uri, uri=True, timeout=busy_seconds, isolation_level=None, check_same_thread=False)
 
 
-def _set_wal(db: sqlite3.Connection, busy_seconds: float) -> str:
-    """SQLite does not wait here by itself: of several processes that open a new database at once, one succeeds."""
+def set_wal(db: sqlite3.Connection, busy_seconds: float) -> str:
+    """Put a database into WAL mode; the mode that it is in then.
+
+    SQLite does not wait here by itself: of several processes that open a new database at once, one succeeds.
+    """
     deadline = time.monotonic() + busy_seconds
     while True:
         try:

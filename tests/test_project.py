@@ -106,13 +106,15 @@ def config_classes(path):
     from trl import ModelConfig, SFTConfig
 
     from align.agents.serve import ServeConfig
+    from align.bench.chatgen.config import ChatGenBenchConfig
     from align.bench.config import DABenchConfig
     from align.evaluation.diffagent import DiffAgentTablesConfig
     from align.evaluation.hallucination import HallucinationConfig
+    from align.model_tokens import ModelTokenArguments
     from align.rrhf import RRHFArguments
     from align.scratch import ScratchConfig
     from align.sft import SFTArguments
-    from align.trainers import RRHFConfig
+    from align.trainers import ModelTokenConfig, RRHFConfig
     from rewards.score import ScoreConfig
     from rewards.serve import RewardServiceConfig
     from rollouts.candidates import CandidatesConfig
@@ -127,8 +129,10 @@ def config_classes(path):
         "rollouts.candidates": (CandidatesConfig,),
         "rollouts.run": (RunConfig,),
         "rollouts.plan": (PlanConfig,),
+        "align/model_tokens.py": (ModelTokenArguments, ModelTokenConfig),
         "align/sft.py": (SFTArguments, SFTConfig, ModelConfig, ScratchConfig),
         "align.bench.dabench": (DABenchConfig,),
+        "align.bench.chatgen": (ChatGenBenchConfig,),
         "align.evaluation.diffagent": (DiffAgentTablesConfig,),
         "align.evaluation.hallucination": (HallucinationConfig,),
     }
@@ -137,7 +141,9 @@ def config_classes(path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(REPOSITORY.glob("configs/[dpr]*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}"
+    "path",
+    sorted([*REPOSITORY.glob("configs/[dpr]*/*.yaml"), *REPOSITORY.glob("configs/chatgen/[be]*.yaml")]),
+    ids=lambda p: f"{p.parent.name}/{p.name}",
 )
 def test_config_file_is_read_by_its_command(path, tmp_path, monkeypatch):
     from rewards.commandline import parse_config
@@ -146,8 +152,10 @@ def test_config_file_is_read_by_its_command(path, tmp_path, monkeypatch):
     # bf16 is refused where there is neither a GPU nor `use_cpu`; the key itself is what is tested here.
     rollout = ["--calls", "c", "--catalog", "c", "--weights", "w", "--output", "o"]
     required = {"dabench.yaml": ["--source", "s", "--output", "o"], "score.yaml": ["--source", "s", "--output", "o"]}
+    required["bench.yaml"] = required["dabench.yaml"]
     required["tables.yaml"] = ["--dataset", "d", "--output_dir", "o", "--weights", "w"]
     required["candidates.yaml"] = ["--model_name_or_path", "m", "--catalog", "c", "--dataset", "d", "--output", "o"]
+    required["evo_tokens.yaml"] = ["--model_name_or_path", "m", "--dataset", "d", "--output_dir", "o"]
     required["agent.yaml"] = ["--model_name_or_path", "m", "--dataset", "d"]
     required |= {"run.yaml": rollout, "ray.yaml": rollout, "rollout.yaml": rollout}
     flags = required.get(

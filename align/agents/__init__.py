@@ -6,7 +6,19 @@ agent = DiffAgent.from_pretrained("runs/rrhf", catalog="data/dabench/catalog.jso
 agent.call(["a cute corgi, pixel art"])
 """
 
+from align.agents.chatgen import BaseAgent, ChatGenAgent, EvoAgent
 from align.agents.diffagent import Alternative, Answer, DiffAgent
 from align.agents.filters import CallFilter, FilterError
+from align.agents.plans import Plan
 
-__all__ = ["Alternative", "Answer", "CallFilter", "DiffAgent", "FilterError"]
+__all__ = [
+    "Alternative",
+    "Answer",
+    "BaseAgent",
+    "CallFilter",
+    "ChatGenAgent",
+    "DiffAgent",
+    "EvoAgent",
+    "FilterError",
+    "Plan",
+]

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from align.bench.config import DABenchConfig
+from align.bench.config import CollectionConfig, DABenchConfig
 from align.bench.descriptions import Description, ModelCard
 from align.bench.filters import first_broken, quality_rules
 from align.bench.funnel import Funnel
@@ -56,10 +56,25 @@ def download_floor(parts: Iterable[dict[str, Any]], quantile: float) -> dict[str
     return {name: sorted(values)[int(quantile * (len(values) - 1))] for name, values in downloads.items()}
 
 
+def outdated_versions(parts: Iterable[dict[str, Any]], newest: int | None) -> frozenset[int]:
+    """Available versions that are not among the `newest` ones of their model and architecture; `None`: none."""
+    versions: defaultdict[tuple[int, str], set[int]] = defaultdict(set)
+    if newest is None:
+        return frozenset()
+    for part in parts:
+        for draft in part["versions"]:
+            versions[draft["model_id"], draft["base_model"]].add(draft["version_id"])
+    return frozenset(version for ids in versions.values() for version in sorted(ids)[:-newest])
+
+
 def index_versions(
-    parts: Iterable[dict[str, Any]], config: DABenchConfig, floor: dict[str, float], funnel: Funnel
+    parts: Iterable[dict[str, Any]],
+    config: CollectionConfig,
+    floor: dict[str, float],
+    funnel: Funnel,
+    outdated: frozenset[int] = frozenset(),
 ) -> VersionIndex:
-    """Index every available version and apply the quality rules to it."""
+    """Index every available version and apply the quality rules to it; those that are outdated break `outdated`."""
     index = VersionIndex()
     rules = quality_rules(config, floor)
     for part in parts:
@@ -70,7 +85,7 @@ def index_versions(
                 baseModel=draft["base_model"],
                 stats=Stats(downloadCount=stats["downloads"], ratingCount=stats["ratings"], rating=stats["rating"]),
             )
-            rule = first_broken(rules, model, version)
+            rule = "outdated" if draft["version_id"] in outdated else first_broken(rules, model, version)
             # Looked-up base checkpoints were not part of the source and are counted elsewhere.
             if rule is not None and not draft.get("looked_up"):
                 funnel.remove("versions", rule, f"{draft['model_name']!r}, version {draft['version_id']}")
@@ -81,7 +96,7 @@ def index_versions(
 
 
 def demonstrations(
-    parts: Iterable[dict[str, Any]], index: VersionIndex, config: DABenchConfig, funnel: Funnel
+    parts: Iterable[dict[str, Any]], index: VersionIndex, config: CollectionConfig, funnel: Funnel
 ) -> Iterator[dict[str, Any]]:
     """Rows, one per image that demonstrates a version; repeats of a prompt for the same version are dropped."""
     seen: set[bytes] = set()
@@ -103,7 +118,7 @@ def demonstrations(
                 yield image | found._asdict() | {"gallery_version_id": gallery}
 
 
-def write_rows(rows: Iterable[dict[str, Any]], path: Path, config: DABenchConfig) -> dict[int, Usage]:
+def write_rows(rows: Iterable[dict[str, Any]], path: Path, config: CollectionConfig) -> dict[int, Usage]:
     """Spool rows to a JSONL file and count their versions' usage."""
     usage: defaultdict[int, Usage] = defaultdict(Usage)
     with path.open("w", encoding="utf-8") as file:

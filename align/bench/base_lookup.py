@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from align.bench.civitai_api import CivitaiClient
-from align.bench.config import DABenchConfig
+from align.bench.config import CollectionConfig
 from align.bench.extract import extract_part, read_parts
 from align.bench.funnel import Funnel
 from align.bench.sources import Item
@@ -38,7 +38,7 @@ def missing_hashes(parts: Iterable[dict[str, Any]]) -> list[str]:
     return sorted(value for value, hashes in named.items() if not known.intersection(hashes))
 
 
-def look_up_bases(paths: list[Path], client: CivitaiClient, config: DABenchConfig, path: Path) -> Path:
+def look_up_bases(paths: list[Path], client: CivitaiClient, config: CollectionConfig, path: Path) -> Path:
     """Write the part of the base checkpoints that these parts lack, unless it is there; returns its path.
 
     Raises:

@@ -1,7 +1,9 @@
-"""Options of `python -m align.bench.dabench`."""
+"""Options of the builders: what both collect from a community, and `python -m align.bench.dabench`."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from align.bench.descriptions import MIN_CHARS
 from rollouts.api import ARCHITECTURES
@@ -10,9 +12,7 @@ MAX_DESCRIPTION_CHARS = 4000  # of a call's `model description`
 
 _BOUNDS = (
     ("min_downloads_quantile", 0, 1),
-    ("sft_share", 0, 1),
-    ("rrhf_share", 0, 1),
-    ("near_duplicate", 0.5, 1),
+    ("newest_versions", 1, math.inf),
     ("max_prompt_chars", 1, 20_000),
     ("description_max_chars", MIN_CHARS, MAX_DESCRIPTION_CHARS),
     ("llm_concurrency", 1, 1000),
@@ -23,8 +23,8 @@ _BOUNDS = (
 
 
 @dataclass
-class DABenchConfig:
-    """Options of the DABench builder; thresholds are ours where the paper does not give its own."""
+class CollectionConfig:
+    """How demonstrations are collected; thresholds are ours where the papers do not give their own."""
 
     source: str = field(
         metadata={
@@ -51,6 +51,10 @@ class DABenchConfig:
     min_rating_count: int = field(default=0, metadata={"help": "Ratings a version needs."})
     min_likes: int = field(default=0, metadata={"help": "Favourites or thumbs-up a model needs."})
 
+    newest_versions: int | None = field(
+        default=None, metadata={"help": "Keep so many of a model's versions, the newest ones; none: all."}
+    )
+
     # Images (steps 3 and 5)
     keep_attention: bool = field(
         default=False, metadata={"help": "Keep `(word:1.2)` and `BREAK` in prompts; diffusers can't read them."}
@@ -76,15 +80,6 @@ class DABenchConfig:
     llm_concurrency: int = field(default=8, metadata={"help": "Requests under way at once."})
     sample_prompts: int = field(default=5, metadata={"help": "Sample prompts shown to the LLM for each model."})
 
-    # Splits (step 7)
-    sft_share: float = field(default=0.8, metadata={"help": "Share of rows for supervised fine-tuning."})
-    rrhf_share: float = field(default=0.1, metadata={"help": "Share of rows for RRHF; the rest is for evaluation."})
-    near_duplicate: float = field(
-        default=0.8,
-        metadata={"help": "Prompts whose word sets overlap at least this much (Jaccard, 0.5-1) stay in one split."},
-    )
-    seed: int = field(default=0, metadata={"help": "Salt of the split's hash; another seed is another split."})
-
     # Live API
     lookup_url: str | None = field(
         default=None,
@@ -109,15 +104,43 @@ class DABenchConfig:
             known = ["Checkpoint", "LoRA"] if name == "types" else list(ARCHITECTURES)
             if unknown := sorted(set(getattr(self, name)) - set(known)) or not getattr(self, name):
                 raise ValueError(f"`{name}` must be a non-empty list out of {known}, but got {unknown or '[]'}.")
-        for name, low, high in _BOUNDS:
-            if not low <= getattr(self, name) <= high:
-                bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-                raise ValueError(f"`{name}` must be {bounds}, but got {getattr(self, name)}.")
-        if self.sft_share + self.rrhf_share > 1:
-            raise ValueError(
-                f"`sft_share` + `rrhf_share` must be at most 1, but got {self.sft_share} + {self.rrhf_share}."
-            )
+        check_bounds(self, _BOUNDS)
         if (self.llm_base_url is None) != (self.llm_model is None):
             raise ValueError("`llm_base_url` and `llm_model` must be given together.")
         if self.llm_base_url is not None and not self.llm_base_url.startswith(("http://", "https://")):
             raise ValueError(f"`llm_base_url` must start with http:// or https://, but got {self.llm_base_url!r}.")
+
+
+@dataclass
+class DABenchConfig(CollectionConfig):
+    """Options of the DABench builder."""
+
+    # Splits (step 7)
+    sft_share: float = field(default=0.8, metadata={"help": "Share of rows for supervised fine-tuning."})
+    rrhf_share: float = field(default=0.1, metadata={"help": "Share of rows for RRHF; the rest is for evaluation."})
+    near_duplicate: float = field(
+        default=0.8,
+        metadata={"help": "Prompts whose word sets overlap at least this much (Jaccard, 0.5-1) stay in one split."},
+    )
+    seed: int = field(default=0, metadata={"help": "Salt of the split's hash; another seed is another split."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bounds(self, (("sft_share", 0, 1), ("rrhf_share", 0, 1), ("near_duplicate", 0.5, 1)))
+        if self.sft_share + self.rrhf_share > 1:
+            raise ValueError(
+                f"`sft_share` + `rrhf_share` must be at most 1, but got {self.sft_share} + {self.rrhf_share}."
+            )
+
+
+def check_bounds(config: Any, bounds: Iterable[tuple[str, float, float]]) -> None:
+    """Check options against (name, lowest, highest); an option that is None is off.
+
+    Raises:
+        ValueError: Naming the option, its bounds and its value.
+    """
+    for name, low, high in bounds:
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            span = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise ValueError(f"`{name}` must be {span}, but got {value}.")

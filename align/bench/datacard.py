@@ -2,10 +2,11 @@
 
 import contextlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from align.bench.config import DABenchConfig
+from align.bench.config import CollectionConfig, DABenchConfig
 from align.bench.filters import availability_rules, model_rules, quality_rules
 from align.bench.funnel import Funnel
 from rewards.files import write_atomically
@@ -38,6 +39,7 @@ EXPLANATIONS = {
     "base_unavailable": "made with a checkpoint that can't be called (pickle only, failed scan, ...)",
     "base_ambiguous": "its short hash fits several checkpoints",
     "base_of_other_architecture": "LoRA and checkpoint are of different architectures",
+    "outdated": "newer versions of the model are there (`newest_versions`)",
     "below_quality": "its version broke a quality rule",
     "duplicate": "same prompt, same version",
 }
@@ -57,7 +59,7 @@ PLOTS = (
 MAX_BARS = 12
 
 
-def explanations(config: DABenchConfig) -> dict[str, str]:
+def explanations(config: CollectionConfig) -> dict[str, str]:
     """What each rule of the funnel means."""
     rules = [*model_rules(config), *availability_rules(config), *quality_rules(config, {})]
     return EXPLANATIONS | {rule.name: rule.text for rule in rules}
@@ -74,7 +76,9 @@ def row_distributions(rows: Any) -> dict[str, Counter[str]]:
     return counts
 
 
-def draw_distributions(distributions: dict[str, Counter[str]], path: Path) -> None:
+def draw_distributions(
+    distributions: dict[str, Counter[str]], path: Path, plots: Sequence[tuple[str, str]] = PLOTS
+) -> None:
     """All distributions as one PNG of bar charts; bars beyond the most frequent ones are summed up.
 
     Raises:
@@ -87,7 +91,7 @@ def draw_distributions(distributions: dict[str, Counter[str]], path: Path) -> No
         raise ImportError('Plots need matplotlib: pip install "t2i-align[bench]", or set `plots: false`.') from error
     import io
 
-    shown = [(key, title) for key, title in PLOTS if distributions.get(key)]
+    shown = [(key, title) for key, title in plots if distributions.get(key)]
     columns = 3
     lines = -(-len(shown) // columns)
     figure = Figure(figsize=(5 * columns, 3.4 * lines), layout="constrained")

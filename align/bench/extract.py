@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from align.bench.config import DABenchConfig
+from align.bench.config import CollectionConfig
 from align.bench.filters import TYPES, availability_rules, first_broken, image_is_nsfw, model_rules
 from align.bench.funnel import Funnel
 from align.bench.infotext import Unusable, read_generation
@@ -27,6 +27,7 @@ from rewards.files import write_atomically
 
 MAX_DESCRIPTION_CHARS = 20_000  # of HTML; a card of 20 MB says no more than its beginning
 MAX_WORDS, MAX_WORD_CHARS = 32, 1000  # of tags and trigger words
+MAX_URL_CHARS = 2000
 MAX_LABEL_CHARS = 60  # of a value counted in a distribution
 
 
@@ -58,7 +59,7 @@ class Part:
         ).encode(errors="replace")  # JSON can hold half a surrogate pair, UTF-8 can't
 
 
-def extract(open_items: Opener, config: DABenchConfig, folder: Path) -> list[Path]:
+def extract(open_items: Opener, config: CollectionConfig, folder: Path) -> list[Path]:
     """Write all parts that are missing; returns the paths of all, in order.
 
     The file `done` lists them once the source has ended, so a later restart need not read the source again.
@@ -94,7 +95,7 @@ def read_parts(paths: list[Path]) -> Iterator[dict[str, Any]]:
         yield json.loads(path.read_bytes())
 
 
-def extract_part(items: list[Item], config: DABenchConfig) -> Part:
+def extract_part(items: list[Item], config: CollectionConfig) -> Part:
     """Apply the rules that need only the record itself."""
     part = Part()
     rules = model_rules(config), availability_rules(config)
@@ -126,7 +127,7 @@ def first_problem(error: ValidationError) -> str:
 
 
 def _extract_version(
-    part: Part, model: ModelRecord, raw: Any, rules: list[Any], config: DABenchConfig, location: str
+    part: Part, model: ModelRecord, raw: Any, rules: list[Any], config: CollectionConfig, location: str
 ) -> None:
     part.funnel.enter("versions")
     try:
@@ -201,7 +202,7 @@ def _draft(model: ModelRecord, version: VersionRecord, hashes: list[str]) -> dic
     }
 
 
-def _extract_image(part: Part, raw: Any, config: DABenchConfig, location: str) -> dict[str, Any] | None:
+def _extract_image(part: Part, raw: Any, config: CollectionConfig, location: str) -> dict[str, Any] | None:
     """A usable image's generation data, or `None` with the rule counted."""
     part.funnel.enter("images")
     if not isinstance(raw, dict):
@@ -224,7 +225,9 @@ def _extract_image(part: Part, raw: Any, config: DABenchConfig, location: str) -
     if len(generation.prompt) > config.max_prompt_chars:
         part.funnel.remove("images", "prompt_too_long", f"image {raw.get('id')}: {len(generation.prompt)} characters")
         return None
-    return {"image_id": _image_id(raw), **vars(generation)}
+    url = raw.get("url")
+    url = url if isinstance(url, str) and url.startswith("https://") and len(url) <= MAX_URL_CHARS else None
+    return {"image_id": _image_id(raw), "url": url, **vars(generation)}
 
 
 def _image_id(raw: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ which they are tried, and the first one broken is the one that counts.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from align.bench.config import DABenchConfig
+from align.bench.config import CollectionConfig
 from align.bench.records import ModelRecord, VersionRecord, file_problems
 from rollouts.names import name_problem
 
@@ -24,7 +24,7 @@ class Rule(NamedTuple):
     breaks: Callable[..., bool]
 
 
-def model_rules(config: DABenchConfig) -> list[Rule]:
+def model_rules(config: CollectionConfig) -> list[Rule]:
     """Rules for a whole model: scope, then availability."""
     return [
         Rule(
@@ -42,7 +42,7 @@ def model_rules(config: DABenchConfig) -> list[Rule]:
     ]
 
 
-def availability_rules(config: DABenchConfig) -> list[Rule]:
+def availability_rules(config: CollectionConfig) -> list[Rule]:
     """Rules for a version: base architecture in scope, and weights that can really be called."""
 
     def no_file_without(problem: str) -> Callable[[ModelRecord, VersionRecord], bool]:
@@ -72,7 +72,7 @@ def availability_rules(config: DABenchConfig) -> list[Rule]:
     ]
 
 
-def quality_rules(config: DABenchConfig, download_floor: dict[str, float]) -> list[Rule]:
+def quality_rules(config: CollectionConfig, download_floor: dict[str, float]) -> list[Rule]:
     """Rules for an available version: the community's own verdict (DiffAgent Sec. 3.1, "APIs Filtering").
 
     Args:

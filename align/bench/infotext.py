@@ -31,6 +31,7 @@ _COMMAS = re.compile(r" ,(?: ?,)*|,(?: ?,)+")
 _HEX = re.compile(r"[0-9A-Fa-f]{8,64}")
 # Keys of the last line of an infotext: `Steps: 20, Sampler: Euler a, "Lora hashes": "a: 1, b: 2", ...`
 _FIELD = re.compile(r'\s*+(\w[\w \-/]{0,60}?):\s*+("(?:\\.|[^\\"])*+"|[^,]*+)(?:,|$)')
+MAX_CLIP_SKIP = 12  # the layers of CLIP's text encoder
 _MAX_RAW_PROMPT_CHARS = 20_000  # what is longer is not even looked at
 _INFOTEXT_KEYS = {"Steps": "steps", "Sampler": "sampler", "CFG scale": "cfgScale", "Seed": "seed"}
 
@@ -62,6 +63,7 @@ class Generation:
     cfg_scale: float
     width: int
     height: int
+    clip_skip: int | None  # layers from the end, as A1111 counts: 1 is the last; None where nobody says
     checkpoint_hashes: tuple[str, ...]  # upper-case hex, most reliable first
     checkpoint_name: str | None  # file stem, as A1111 writes it
     checkpoint_version_id: int | None  # only when Civitai itself made the image
@@ -213,7 +215,14 @@ def _read_parameters(meta: dict[str, Any]) -> dict[str, Any] | Unusable:
         "cfg_scale": round(cfg_scale, 2),
         "width": size[0],
         "height": size[1],
+        "clip_skip": _clip_skip(meta),
     }
+
+
+def _clip_skip(meta: dict[str, Any]) -> int | None:
+    value = meta.get("Clip skip", meta.get("clipSkip"))
+    number = _number(value.strip(" ,") if isinstance(value, str) else value)
+    return int(number) if number is not None and number % 1 == 0 and 1 <= number <= MAX_CLIP_SKIP else None
 
 
 def _checkpoint(meta: dict[str, Any]) -> tuple[tuple[str, ...], str | None, int | None]:

@@ -10,26 +10,30 @@ description is the extractive one of `align.bench.descriptions`.
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-import json
 import logging
 import os
 import re
 import sqlite3
-import threading
-import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from align.bench.descriptions import Description, ModelCard, check_room, extractive_description
+from align.bench.llm_client import (
+    Answer,
+    AnswerStore,
+    Asker,
+    Endpoint,
+    UnusableAnswerError,
+    question_key,
+    without_thoughts,
+)
 from align.bench.plain_text import html_to_text, one_line, short_line, truncate
 
 if TYPE_CHECKING:
@@ -40,7 +44,6 @@ logger = logging.getLogger(__name__)
 # Part of every cache key: raise it whenever the words of `render_prompt` change.
 PROMPT_VERSION = 1
 MIN_ANSWER_CHARS = 10
-MAX_KEPT_ANSWER_CHARS = 100_000
 # The same question rarely gets a better answer, so unusable ones are asked for once more only.
 MAX_UNUSABLE_ANSWERS = 2
 # Cards read ahead per request in flight: enough that one slow answer does not stop the others.
@@ -90,24 +93,13 @@ _REFUSAL = re.compile(
 )
 
 
-class LLMEndpointError(RuntimeError):
-    """The endpoint, as configured, cannot answer any question."""
-
-
-class UnusableAnswerError(ValueError):
-    """An answer of the LLM that is no description."""
-
-
 def clean_answer(answer: str | None, max_chars: int) -> str:
     """An LLM's answer as one line of plain text of at most `max_chars`.
 
     Raises:
         UnusableAnswerError: The answer is empty, too short to be a description, or a refusal.
     """
-    # Reasoning models may put their thoughts before the answer, some without the opening mark.
-    _, mark, text = (answer or "").rpartition("</think>")
-    if not mark and "<think>" in text:  # cut off while it thought
-        text = ""
+    text = without_thoughts(answer or "")
     text = one_line(html_to_text(re.sub(r"```\w*|[*#`]+", "", text)))
     text = re.sub(r"^[\"'“‘]?(?:(?:model )?description|answer)\s*[:：]\s*", "", text, flags=re.IGNORECASE)
     text = text.strip(" \"'“”‘’")
@@ -158,30 +150,12 @@ class LLMDescriber:
         max_retries: int = 4,
         max_tokens: int | None = 512,
     ) -> None:
-        try:
-            import openai  # noqa: F401
-        except ImportError as error:
-            raise ImportError('`LLMDescriber` needs openai: pip install "t2i-align[bench]".') from error
         check_room(max_chars)
-        if not base_url.startswith(("http://", "https://")):
-            raise ValueError(f"`base_url` must start with http:// or https://, but got {base_url!r}.")
-        if concurrency < 1 or max_retries < 0 or timeout <= 0:
-            raise ValueError(
-                "`concurrency` must be at least 1, `max_retries` at least 0 and `timeout` above 0, "
-                f"but got {concurrency}, {max_retries} and {timeout}."
-            )
-        self.base_url = base_url
-        self.model = model
-        self.concurrency = concurrency
+        self._endpoint = Endpoint(base_url, model, api_key, concurrency, temperature, timeout, max_retries, max_tokens)
         self.max_chars = max_chars
         self.asked = 0
         self.failures = 0
-        self._api_key = api_key
-        self._temperature = temperature
-        self._max_tokens = max_tokens
-        self._timeout = timeout
-        self._max_retries = max_retries
-        self._store = _AnswerStore(Path(cache_path))
+        self._store = AnswerStore(Path(cache_path))
 
     def describe(self, cards: Iterable[ModelCard]) -> Iterator[Description]:
         """Yield one description per card, in order. Memory does not grow with the number of cards.
@@ -194,43 +168,30 @@ class LLMDescriber:
         waiting: deque[_Waiting] = deque()
         with (
             closing(self._store.connect()) as answers,
-            _Asker(self._client(), self._complete, self.concurrency, self._store) as asker,
+            Asker(self._endpoint, self._store, self._complete) as asker,
             tqdm(total=len(cards) if isinstance(cards, Sized) else None, unit="card", disable=None) as progress,
         ):
-            progress.set_description(f"descriptions by {self.model}")
+            progress.set_description(f"descriptions by {self._endpoint.model}")
             for card in cards:
                 waiting.append(self._start(card, waiting, answers, asker))
-                if len(waiting) >= LOOK_AHEAD * self.concurrency:
+                if len(waiting) >= LOOK_AHEAD * self._endpoint.concurrency:
                     yield self._finish(waiting.popleft())
                     progress.update()
             while waiting:
                 yield self._finish(waiting.popleft())
                 progress.update()
         if self.failures > failures:
-            logger.warning("%s failed on %d cards; theirs are extractive", self.model, self.failures - failures)
+            failed = self.failures - failures
+            logger.warning("%s failed on %d cards; theirs are extractive", self._endpoint.model, failed)
 
-    def _client(self) -> AsyncOpenAI:
-        from openai import AsyncOpenAI
-
-        # The library insists on a key; servers that ask for none ignore it.
-        key = self._api_key or "none"
-        return AsyncOpenAI(base_url=self.base_url, api_key=key, timeout=self._timeout, max_retries=self._max_retries)
-
-    async def _complete(self, client: AsyncOpenAI, prompt: str) -> str:
+    async def _complete(self, client: AsyncOpenAI, prompt: str) -> Answer:
         """The usable raw answer to a prompt."""
-        import openai
-
+        # One message of the user: not every model's template knows a system role.
+        messages = [{"role": "user", "content": prompt}]
         for attempt in range(1, MAX_UNUSABLE_ANSWERS + 1):
             try:
-                response = await client.chat.completions.create(
-                    model=self.model,
-                    # One message of the user: not every model's template knows a system role.
-                    messages=[{"role": "user", "content": prompt}],
-                    temperature=self._temperature,
-                    max_tokens=openai.omit if self._max_tokens is None else self._max_tokens,
-                )
-                answer = _content(response)
-                clean_answer(answer, self.max_chars)
+                answer = await self._endpoint.complete(client, messages)
+                clean_answer(answer.text, self.max_chars)
                 return answer
             except ValueError:  # unusable, or no JSON at all
                 if attempt == MAX_UNUSABLE_ANSWERS:
@@ -238,14 +199,14 @@ class LLMDescriber:
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _start(
-        self, card: ModelCard, waiting: Iterable[_Waiting], answers: sqlite3.Connection, asker: _Asker
+        self, card: ModelCard, waiting: Iterable[_Waiting], answers: sqlite3.Connection, asker: Asker
     ) -> _Waiting:
         prompt = render_prompt(card)
-        key = hashlib.sha256(json.dumps([self.model, PROMPT_VERSION, prompt]).encode()).hexdigest()
+        key = question_key(self._endpoint.model, PROMPT_VERSION, prompt)
         kept = self._store.get(answers, key)
         if kept is not None:
             with suppress(UnusableAnswerError):  # the rules for answers may be stricter than when it was kept
-                clean_answer(kept, self.max_chars)
+                clean_answer(kept.text, self.max_chars)
                 return _Waiting(card, key, kept)
         same = next((other.answer for other in waiting if other.key == key), None)
         if same is None:
@@ -258,22 +219,15 @@ class LLMDescriber:
 
         card = waiting.card
         try:
-            answer = waiting.answer if isinstance(waiting.answer, str) else waiting.answer.result()
-            return Description(card.key, clean_answer(answer, self.max_chars), f"llm:{self.model}")
-        except (openai.AuthenticationError, openai.NotFoundError) as error:
-            raise LLMEndpointError(
-                f"{self.base_url} cannot be asked for model {self.model!r}: {self._readable(error)}. "
-                "Check the address, the model's name and the API key."
-            ) from None  # the cause may quote the key
+            answer = waiting.answer if isinstance(waiting.answer, Answer) else waiting.answer.result()
+            return Description(card.key, clean_answer(answer.text, self.max_chars), f"llm:{self._endpoint.model}")
         except (openai.OpenAIError, ValueError) as error:
+            if refused := self._endpoint.refused(error):
+                raise refused from None  # the cause may quote the key
             self.failures += 1
-            logger.debug("%s failed on card %s: %s", self.model, card.key, self._readable(error))
-            text = extractive_description(card, self.max_chars)
-            return Description(card.key, text, "extractive", self._readable(error))
-
-    def _readable(self, error: Exception) -> str:
-        text = one_line(f"{type(error).__name__}: {error}")
-        return truncate(text.replace(self._api_key, "[key]") if self._api_key else text, 300)
+            problem = self._endpoint.readable(error)
+            logger.debug("%s failed on card %s: %s", self._endpoint.model, card.key, problem)
+            return Description(card.key, extractive_description(card, self.max_chars), "extractive", problem)
 
 
 @dataclass(frozen=True)
@@ -282,96 +236,4 @@ class _Waiting:
 
     card: ModelCard
     key: str
-    answer: str | Future[str]
-
-
-class _AnswerStore:
-    """Raw answers by key, in one SQLite file that several processes may share."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with closing(self.connect()) as connection:
-                connection.execute("PRAGMA journal_mode = WAL")
-                connection.execute(
-                    "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, card TEXT, answer TEXT, at REAL)"
-                )
-        except sqlite3.DatabaseError as error:
-            raise ValueError(
-                f"`cache_path` {path} cannot be used as an SQLite file ({error}): name another file or delete it."
-            ) from error
-
-    def connect(self) -> sqlite3.Connection:
-        """A connection that commits each statement at once; one thread at a time may use it."""
-        return sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
-
-    @staticmethod
-    def get(connection: sqlite3.Connection, key: str) -> str | None:
-        """The answer kept under a key."""
-        row = connection.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
-        return None if row is None else row[0]
-
-    @staticmethod
-    def put(connection: sqlite3.Connection, key: str, card: str, answer: str) -> None:
-        """Keep an answer."""
-        row = (key, card, answer[:MAX_KEPT_ANSWER_CHARS], time.time())
-        connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", row)
-
-
-class _Asker:
-    """Asks from a thread of its own, so that answers arrive and are kept while the caller does something else."""
-
-    def __init__(
-        self,
-        client: AsyncOpenAI,
-        complete: Callable[[AsyncOpenAI, str], Awaitable[str]],
-        concurrency: int,
-        store: _AnswerStore,
-    ) -> None:
-        self._client = client
-        self._complete = complete
-        self._room = asyncio.Semaphore(concurrency)
-        self._store = store
-        self._connection = store.connect()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="llm-describer", daemon=True)
-
-    def __enter__(self) -> _Asker:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-        self._connection.close()
-
-    def ask(self, key: str, card: str, prompt: str) -> Future[str]:
-        """Ask as soon as there is room; the result is a usable raw answer, already kept."""
-        return asyncio.run_coroutine_threadsafe(self._ask(key, card, prompt), self._loop)
-
-    async def _close(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self._client.close()
-
-    async def _ask(self, key: str, card: str, prompt: str) -> str:
-        async with self._room:
-            answer = await self._complete(self._client, prompt)
-            self._store.put(self._connection, key, card, answer)
-            return answer
-
-
-def _content(response: Any) -> str:
-    """The text of a chat completion from a server that may not keep to the schema."""
-    try:
-        content = response.choices[0].message.content
-    except (AttributeError, IndexError, TypeError) as error:
-        raise UnusableAnswerError("the answer of the endpoint has no choices[0].message.content") from error
-    if not isinstance(content, str):
-        raise UnusableAnswerError(f"the content of the answer is {type(content).__name__}, not text")
-    return content
+    answer: Answer | Future[Answer]

@@ -41,7 +41,7 @@ from align.evaluation.method_calls import (
 )
 from align.evaluation.prompt_sets import PromptFileError, PromptSet, evaluation_prompts
 from align.pairs import DataError, load_pairs
-from rewards.commandline import check_nested, run_command, save_config
+from rewards.commandline import check_nested, from_json, run_command, save_config
 from rewards.files import write_atomically
 from rewards.unified import UnifiedMetricError
 from rollouts.api import APICall
@@ -129,7 +129,10 @@ class DiffAgentTablesConfig:
             raise ValueError(f"`baselines` may hold popular, tfidf and embedding, but got {unknown}.")
         if "embedding" in self.baselines and self.sentence_encoder is None:
             raise ValueError("The `embedding` baseline needs `sentence_encoder`.")
-        self.agents, self.rollout = _mapping("agents", self.agents), _mapping("rollout", self.rollout or {})
+        self.agents, self.rollout = (
+            from_json("agents", self.agents, dict),
+            from_json("rollout", self.rollout or {}, dict),
+        )
         _check_agents(self.agents)
         if self.ours is not None and self.ours not in self.agents:
             raise ValueError(f"`ours` must be one of `agents` ({', '.join(self.agents)}), but is {self.ours!r}.")
@@ -141,7 +144,7 @@ class DiffAgentTablesConfig:
         Raises:
             ValueError: An option in `rollout` that is unknown, wrong or not to be set there.
         """
-        options = _mapping("rollout", self.rollout)
+        options = from_json("rollout", self.rollout, dict)
         check_nested("rollout", options, RunConfig, _SET_HERE)
         if not options.get("scorers"):
             raise ValueError("`rollout.scorers` must name at least one scorer; see configs/diffagent/tables.yaml.")
@@ -172,7 +175,7 @@ def main(config: DiffAgentTablesConfig) -> dict[str, Any]:
     )  # fmt: skip
     save_config(output / "config.yaml", config)
 
-    agents = _mapping("agents", config.agents)
+    agents = from_json("agents", config.agents, dict)
     chosen: dict[str, dict[str, list[Choice]]] = {prompts.name: {} for prompts in sets}
     for name, folder in agents.items():
         texts, sampled = _answers(config, name, folder, sets)
@@ -319,18 +322,6 @@ def _outcome(choice: Choice, own: Mapping[str, Any] | None, baseline: Mapping[st
 def _instruction(instruction: Any) -> dict[str, str]:
     negative = "" if isinstance(instruction, str) else instruction.get("negative prompt") or ""
     return {"prompt": prompt_text(instruction), "negative prompt": negative}
-
-
-def _mapping(name: str, value: Any) -> dict[str, Any]:
-    """An option that is a mapping in a YAML file and JSON text on a command line."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"`{name}` must be a mapping, or one as JSON text, but is {value!r} ({error}).") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"`{name}` must be a mapping, but is {value!r}.")
-    return value
 
 
 def _check_agents(agents: Mapping[str, Any]) -> None:

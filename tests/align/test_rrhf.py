@@ -49,7 +49,7 @@ def command(folder, policy, table, *flags, launcher=(), config=None):
     folder.mkdir(exist_ok=True)
     (folder / "rrhf.yaml").write_text(yaml.safe_dump(TOY | (config or {})))
     return [
-        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"),
         *(launcher or ("--cpu", "--num_processes", "1")),
         *("align/rrhf.py", "--config", str(folder / "rrhf.yaml"), "--model_name_or_path", str(policy)),
         *("--dataset", str(table), "--output_dir", str(folder / "run"), *flags),

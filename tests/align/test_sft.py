@@ -14,7 +14,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from align.chat_dialogue import ChatDialogue, ChatFormat
 from align.run_directory import last_complete_checkpoint, read_metrics
+from rollouts.policy import load_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 TOY = {
@@ -51,7 +53,7 @@ def launch(folder, bench, *flags, launcher=(), config=None, timeout=240, **envir
     path = folder / "sft.yaml"
     path.write_text(yaml.safe_dump(TOY | (config or {})))
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"),
         *(launcher or ("--cpu", "--num_processes", "1")),
         *("align/sft.py", "--config", str(path), "--dataset", str(bench), "--output_dir", str(folder / "run"), *flags),
     ]
@@ -228,3 +230,18 @@ def test_bad_options_are_one_line(bench, tmp_path, flags, message):
 
     assert re.search(message, last)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("learn", "title"), [("plan", "ChatGen-Base"), ("prompt", "ChatGen-Evo, stage 1")])
+def test_chats_are_learned_too(tmp_path, chat_bench, learn, title):
+    done = launch(tmp_path, chat_bench, "--learn", learn, "--writing_task", "Write it.", config={"sample_answers": 2})
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = tmp_path / "run"
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0]
+    assert title in (run / "README.md").read_text()
+    form = ChatFormat.load(run)
+    assert form.writing_task == "Write it." and not (run / "dialogue.json").exists()
+    dialogue = ChatDialogue(load_tokenizer(str(run)), form)
+    assert dialogue.encode_chat([{"role": "user", "content": "a fox"}], form.writing_task).input_ids
+    AutoModelForCausalLM.from_pretrained(run)

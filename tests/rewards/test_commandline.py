@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from align.scratch import ScratchConfig
 from align.sft import SFTArguments
-from rewards.commandline import ConfigError, parse_config, run_command, save_config
+from rewards.commandline import ConfigError, from_json, parse_config, run_command, save_config
 
 
 @dataclass
@@ -121,9 +121,20 @@ def test_flags_that_are_refused():
 
 
 def test_help_of_real_commands(capsys):
+    from align.bench.chatgen.config import ChatGenBenchConfig
+    from align.bench.chatgen.review import ReviewConfig
+    from align.bench.chatgen.tables import TablesConfig
+    from align.evaluation.chatgen import ChatGenEvaluationConfig
     from align.evaluation.hallucination import HallucinationConfig
+    from align.model_tokens import ModelTokenArguments
+    from align.trainers import ModelTokenConfig
 
-    for cls, flag in ((SFTArguments, "--from_scratch"), (HallucinationConfig, "--num_dabench")):
+    commands = {
+        SFTArguments: "--from_scratch", HallucinationConfig: "--num_dabench", ChatGenBenchConfig: "--test_share",
+        ReviewConfig: "--queue", TablesConfig: "--columns", ChatGenEvaluationConfig: "--given",
+        ModelTokenArguments: "--max_length", ModelTokenConfig: "--init",
+    }  # fmt: skip
+    for cls, flag in commands.items():
         with pytest.raises(SystemExit) as caught:
             parse_config(cls, args=["--help"], description="What it does.")
         shown = capsys.readouterr().out
@@ -193,3 +204,17 @@ def test_an_error_of_a_real_command_is_one_line(tmp_path, text):
     assert done.stderr.startswith(f"error: {path}") and done.stderr.count("\n") == 1
     if "sise" in text:
         assert done.stderr.endswith("unknown key `batch_sise`. Did you mean `batch_size`?\n")
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "expected"),
+    [('{"a": 1}', dict, {"a": 1}), ({"a": 1}, dict, {"a": 1}), ("[1]", list, [1]), ([], list, [])],
+)
+def test_mappings_and_lists_are_json_on_a_command_line(value, kind, expected):
+    assert from_json("x", value, kind) == expected
+
+
+@pytest.mark.parametrize(("value", "kind"), [("{", dict), ("[1]", dict), ("{}", list), (7, dict)])
+def test_what_is_neither_is_named(value, kind):
+    with pytest.raises(ValueError, match="`x` must be a (mapping|list)"):
+        from_json("x", value, kind)

@@ -240,3 +240,20 @@ def test_each_architecture_is_split_on_its_own(tmp_path):
     for version in ("11", "12"):
         mine = [name for key, name in splits.items() if key.startswith(version)]
         assert [mine.count(name) for name in ("sft", "rrhf", "eval")] == [160, 20, 20]
+
+
+def test_outdated_are_all_but_the_newest_versions_of_a_model_and_architecture():
+    drafts = [draft(v, model_id=m, base_model=b) for v, m, b in (
+        (1, 1, "SD 1.5"), (2, 1, "SD 1.5"), (3, 1, "SD 1.5"), (4, 1, "SDXL 1.0"), (5, 2, "SD 1.5"),
+    )]  # fmt: skip
+    parts = [part(*drafts[:2]), part(*drafts[2:])]
+    assert assemble.outdated_versions(parts, 1) == {1, 2}
+    assert assemble.outdated_versions(parts, 2) == {1}
+    assert assemble.outdated_versions(parts, 3) == assemble.outdated_versions(parts, None) == frozenset()
+
+
+def test_outdated_versions_demonstrate_nothing():
+    funnel = Funnel()
+    index = assemble.index_versions([part(draft(11), draft(12))], config(), {}, funnel, frozenset({11}))
+    assert not index.known[11].good and index.known[12].good
+    assert funnel.to_dict()["versions"]["removed"] == {"outdated": 1}

@@ -82,6 +82,7 @@ def test_a_sound_record_becomes_a_draft():
     }
     assert made == {
         "image_id": "5",
+        "url": "https://i.example.org/5.jpeg",
         "prompt": "a fox",
         "negative_prompt": "blurry",
         "sampler": "Euler a",
@@ -89,6 +90,7 @@ def test_a_sound_record_becomes_a_draft():
         "cfg_scale": 7.0,
         "width": 512,
         "height": 768,
+        "clip_skip": None,
         "checkpoint_hashes": ("AB" * 5,),
         "checkpoint_name": None,
         "checkpoint_version_id": None,

@@ -42,7 +42,7 @@ def read_well(**changes):
 
 
 def test_a_sound_meta_is_read_in_our_units():
-    assert read() == Generation("a fox", "blurry", "Euler a", 20, 7.0, 512, 768, (), None, None, (), ())
+    assert read() == Generation("a fox", "blurry", "Euler a", 20, 7.0, 512, 768, None, (), None, None, (), ())
 
 
 # Tags
@@ -374,6 +374,7 @@ def test_raw_infotext():
         cfg_scale=7.5,
         width=512,
         height=768,
+        clip_skip=None,
         checkpoint_hashes=("0123456789",),
         checkpoint_name="dream_8",
         checkpoint_version_id=None,
@@ -395,3 +396,16 @@ def test_infotext_may_lack_parts(text, prompt, negative):
 def test_generations_can_be_stored():
     generation = read_well(prompt="a fox \ud800 <lora:f\udfff:1>")
     assert json.loads(json.dumps(asdict(generation)))["loras"] == [["f\udfff", 1.0, None]]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("2", 2), (1, 1), ("2,", 2), ("2.0", 2), (12, 12), ("0", None), (13, None), ("1.5", None), ("two", None),
+     (None, None), (True, None), ([2], None)],
+)  # fmt: skip
+def test_clip_skip_is_a_number_of_layers_or_not_known(value, expected):
+    assert read_well(**{"Clip skip": value}).clip_skip == expected
+
+
+def test_civitai_own_generator_spells_clip_skip_another_way():
+    assert read_well(clipSkip=2).clip_skip == 2

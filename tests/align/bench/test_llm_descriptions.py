@@ -13,13 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from align.bench.descriptions import Description, ModelCard
-from align.bench.llm_descriptions import (
-    LLMDescriber,
-    LLMEndpointError,
-    UnusableAnswerError,
-    clean_answer,
-    render_prompt,
-)
+from align.bench.llm_client import LLMEndpointError, UnusableAnswerError
+from align.bench.llm_descriptions import LLMDescriber, clean_answer, render_prompt
 
 API_KEY = "sk-0123456789abcdef"
 

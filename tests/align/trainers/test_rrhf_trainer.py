@@ -575,7 +575,7 @@ def test_two_processes_are_the_run_of_one(one_process, tmp_path, config, kind, s
     if stage:
         pytest.importorskip("deepspeed", reason="needs the extra `deepspeed`")
     folder, expected, evaluated = one_process
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
     command += [REPOSITORY / f"configs/accelerate/{config}.yaml", folder / "run.py", folder, tmp_path]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=240, env=os.environ | {"DS_ACCELERATOR": "cpu"}

@@ -1,4 +1,4 @@
-"""People from everyday life who ask for pictures, and the phrases of their registers: data of `pocket.role_player`."""
+"""People from everyday life who ask for pictures, and the phrases of their registers: data of the role-players."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +16,7 @@ QUIRKS = (
     "signs",
     "hedges",
 )
-"""What people do to their texts; see `pocket.role_player`."""
+"""What people do to their texts; see `template_player`."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ ROLES = _roles("""
     drummer in a school band | 17 | slangy | shouting | for our gig
     exchange student | 18 | polite | typos hedges | for my host family
     apprentice baker | 18 | terse | lowercase | for the shop counter
-    au pair | 19 | polite | greets emoji | for the kids I look after
+    au pair | 19 | polite | greets emoji | for the little ones
     art student | 20 | verbose | hedges ellipsis | for a mood board
     biology student | 21 | polite | greets | for my lab book
     physics student | 22 | terse | unpunctuated | for a slide
@@ -175,136 +175,164 @@ class Manner:
     """The phrases of a register.
 
     Attributes:
-        requests: Whole requests; `{picture}` is what is wanted, with its style.
-        likes: Requests for something like a picture that is shown; `{changes}` is what should be different.
-        changes: Requests to change what was drawn before; `{change}` begins with a verb.
+        requests: Whole requests; `{phrase}` is what is wanted.
+        likes: Requests for something like a picture that is shown; `{phrase}` is what should be different.
+        sames: Requests for just what a picture shows; `{phrase}` is what that is.
+        changes: Requests to change what was drawn before; `{phrase}` begins with a verb, as does `{Phrase}`.
         purposes: What a picture is for; `{purpose}` is the role's.
-        hedges: Doubts that stand before a request.
+        hedges: Doubts that stand before or after a request.
         greetings, farewells: What stands first and last.
-        sizes: Adjectives before what is wanted; "" for none.
+        praises: Adjectives before what is wanted, which change nothing about it; "" for none.
     """
 
     requests: tuple[str, ...]
     likes: tuple[str, ...]
+    sames: tuple[str, ...]
     changes: tuple[str, ...]
     purposes: tuple[str, ...]
     hedges: tuple[str, ...]
     greetings: tuple[str, ...]
     farewells: tuple[str, ...]
-    sizes: tuple[str, ...]
+    praises: tuple[str, ...]
 
 
 MANNERS: dict[str, Manner] = {
     "polite": Manner(
         requests=(
-            "Could you please make {picture} for me?",
-            "Would you mind drawing {picture}, please?",
-            "I would love to have {picture}, if that is possible.",
-            "May I ask you for {picture}?",
-            "I'd be grateful for {picture}.",
+            "Could you please make {phrase} for me?",
+            "Would you mind drawing {phrase}, please?",
+            "I would love to have {phrase}, if that is possible.",
+            "May I ask you for {phrase}?",
+            "I'd be grateful for {phrase}.",
         ),
         likes=(
-            "Could I please have something like this picture, but {changes}?",
-            "I like this one very much. Would you make another, only {changes}, please?",
-            "Here is one that I found. Mine should be just like it, but {changes}, please.",
+            "Could I please have something like this picture, but {phrase}?",
+            "I like this one very much. Would you make another, only {phrase}, please?",
+            "Here is one that I found. Mine should be just like it, but {phrase}, please.",
+        ),
+        sames=(
+            "Could you please make me something like this picture: {phrase}?",
+            "I like this one very much. May I have one that also shows {phrase}?",
+            "I found this. I would love to have {phrase}, just as it is here.",
         ),
         changes=(
-            "Thank you! Could you {change}, please?",
-            "That is kind of you. Would you {change}, please?",
-            "Lovely. If you don't mind, please {change}.",
+            "Thank you! Could you {phrase}, please?",
+            "That is kind of you. Would you {phrase}, please?",
+            "Lovely. If you don't mind, please {phrase}.",
         ),
         purposes=("It's {purpose}.", "I need it {purpose}, you see."),
         hedges=("I am not sure how to put this.", "I hope that makes sense."),
         greetings=("Hello,", "Good morning,", "Hello there,"),
         farewells=("Kind regards", "Many thanks", "Thank you so much"),
-        sizes=("", "", "nice", "lovely", "small"),
+        praises=("", "", "nice", "lovely", "beautiful"),
     ),
     "slangy": Manner(
         requests=(
-            "Yo, can u do {picture}?",
-            "Hook me up with {picture}, will ya?",
-            "So I kinda want {picture}, thanks.",
-            "Gimme {picture}, that'd be awesome.",
-            "Any chance of {picture}? Would be sick.",
+            "Yo, can u do {phrase}?",
+            "Hook me up with {phrase}, will ya?",
+            "So I kinda want {phrase}, thanks.",
+            "Gimme {phrase}, that'd be awesome.",
+            "Any chance of {phrase}? Would be sick.",
         ),
         likes=(
-            "This one's cool, do me the same thing but {changes}, ok?",
-            "Check this out. I want that vibe, just {changes}.",
-            "Can u copy this but {changes}? Cheers.",
+            "This one's cool, do me the same thing but {phrase}, ok?",
+            "Check this out. I want that vibe, just {phrase}.",
+            "Can u copy this but {phrase}? Cheers.",
+        ),
+        sames=(
+            "Saw this, want one too. It's {phrase}, right?",
+            "Can u make me one like this pic? So, {phrase}.",
+            "This is so me. Gimme {phrase}, same vibe.",
         ),
         changes=(
-            "Nice one! Now {change}, yeah?",
-            "Cool, but can u {change}?",
-            "Hmm, nah. {Change} and we're good.",
+            "Nice one! Now {phrase}, yeah?",
+            "Cool, but can u {phrase}?",
+            "Hmm, nah. {Phrase} and we're good.",
         ),
         purposes=("It's {purpose}, lol.", "Wanna use it {purpose}."),
         hedges=("Dunno if that works.", "No idea how to say it, but."),
         greetings=("Hey,", "Yo,", "Hiya,"),
         farewells=("Cheers", "Thx", "Laters"),
-        sizes=("", "", "cool", "sick", "massive"),
+        praises=("", "", "cool", "awesome", "proper"),
     ),
     "terse": Manner(
         requests=(
-            "I need {picture}.",
-            "One picture: {picture}.",
-            "Draw {picture}.",
-            "Want {picture}. That's all.",
-            "Make {picture}, quickly.",
+            "I need {phrase}.",
+            "One picture: {phrase}.",
+            "Draw {phrase}.",
+            "Want {phrase}. That's all.",
+            "Make {phrase}, quickly.",
         ),
         likes=(
-            "Like this, but {changes}.",
-            "Same as this one. Only {changes}.",
-            "This, {changes}.",
+            "Like this, but {phrase}.",
+            "Same as this one. Only {phrase}.",
+            "This, {phrase}.",
         ),
-        changes=("{Change}.", "Good. {Change}.", "No. {Change}."),
+        sames=(
+            "Like this. {Phrase}.",
+            "One like this: {phrase}.",
+            "Same as this picture, {phrase}.",
+        ),
+        changes=("{Phrase}.", "Good. {Phrase}.", "No. {Phrase}."),
         purposes=("{Purpose}.", "It's {purpose}."),
         hedges=("Roughly.", "More or less."),
         greetings=("Hi.", "Morning.", "Hello."),
         farewells=("Thanks", "Done", "That's it"),
-        sizes=("", "", "", "big", "small"),
+        praises=("", "", "", "good", "decent"),
     ),
     "childlike": Manner(
         requests=(
-            "Can you draw me {picture}? Pretty please!",
-            "I want {picture}!",
-            "Please please make {picture} for me.",
-            "I wish I had {picture}. Can you do that?",
-            "You know what I like? It's {picture}!",
+            "Can you draw me {phrase}? Pretty please!",
+            "I want {phrase}!",
+            "Please please make {phrase} for me.",
+            "I wish I had {phrase}. Can you do that?",
+            "You know what I like? It's {phrase}!",
         ),
         likes=(
-            "Look at this! I want one too, but {changes}!",
-            "My friend has this picture. Can I have it but {changes}?",
-            "I like this one. Make me the same, but {changes}, please!",
+            "Look at this! I want one too, but {phrase}!",
+            "My friend has this picture. Can I have it but {phrase}?",
+            "I like this one. Make me the same, but {phrase}, please!",
+        ),
+        sames=(
+            "Look at this! I want one like it! It's {phrase}!",
+            "My friend has this picture. Can you draw me {phrase} too?",
+            "I like this one. Make me {phrase}, just like here, please!",
         ),
         changes=(
-            "Yay! And now {change}, please!",
-            "Oh wow! Can you {change}?",
-            "Hmm, can you {change}? Pretty please!",
+            "Yay! And now {phrase}, please!",
+            "Oh wow! Can you {phrase}?",
+            "Hmm, can you {phrase}? Pretty please!",
         ),
         purposes=("It's {purpose}!", "I want to give it away, it's {purpose}."),
         hedges=("I don't know the word.", "Can you do that?"),
         greetings=("Hi hi!", "Hello!", "Hey you!"),
         farewells=("Bye bye", "Thank you", "You are the best"),
-        sizes=("", "really big", "cute", "cute little", "funny"),
+        praises=("", "really cool", "super nice", "wonderful", "very very pretty"),
     ),
     "verbose": Manner(
         requests=(
-            "I have been thinking about this for quite a while, and what I would really like to see is {picture}.",
-            "Let me explain what I have in mind: imagine, if you will, {picture}, nothing more and nothing less.",
-            "What I am looking for, and I have looked in many places already, is {picture}.",
-            "If it is not too much to ask, I wonder whether you might come up with {picture}, and take all the time "
+            "I have been thinking about this for quite a while, and what I would really like to see is {phrase}.",
+            "Let me explain what I have in mind: imagine, if you will, {phrase}, nothing more and nothing less.",
+            "What I am looking for, and I have looked in many places already, is {phrase}.",
+            "If it is not too much to ask, I wonder whether you might come up with {phrase}, and take all the time "
             "that you need.",
         ),
         likes=(
             "I came across this picture the other day and was quite taken with it. I should like to have one in just "
-            "the same manner, but {changes}.",
+            "the same manner, but {phrase}.",
             "Please have a close look at the picture that I attach, because mine ought to be very much like it, "
-            "except that I would have it {changes}.",
+            "except that I would have it {phrase}.",
+        ),
+        sames=(
+            "I came across this picture the other day and was quite taken with it. I should like to have one in "
+            "just the same manner: {phrase}.",
+            "Please have a close look at the picture that I attach. What I see there, and what "
+            "I would like to have, is {phrase}.",
         ),
         changes=(
-            "That is already rather close to what I imagined. On reflection, however, I would ask you to {change}.",
-            "I have looked at it for some time now, and I believe it would gain a great deal if you could {change}.",
-            "Splendid, we are getting there. What remains, in my opinion, is to {change}.",
+            "That is already rather close to what I imagined. On reflection, however, I would ask you to {phrase}.",
+            "I have looked at it for some time now, and I believe it would gain a great deal if you could {phrase}.",
+            "Splendid, we are getting there. What remains, in my opinion, is to {phrase}.",
         ),
         purposes=(
             "You may wonder what I need it for: it's {purpose}.",
@@ -316,7 +344,7 @@ MANNERS: dict[str, Manner] = {
         ),
         greetings=("A very good day to you,", "Dear sir or madam,", "Well, good afternoon,"),
         farewells=("With my very best wishes", "Yours sincerely", "In anticipation of your reply"),
-        sizes=("", "rather small", "handsome", "large", "charming"),
+        praises=("", "rather fine", "truly splendid", "well-made", "charming"),
     ),
 }
 EMOJI = ("🙂", "🙏", "😍", "✨", "🎉", "👍", "😅", "💕")

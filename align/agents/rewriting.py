@@ -1,0 +1,87 @@
+"""The baseline without fine-tuning: a policy as it is rewrites the chat after a few examples, and one default model
+draws it with default parameters (ChatGen Sec. 4.1, "Baseline Without Fine-Tuning")."""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from align.agents.chatgen import ChatGenAgent, Truth
+from align.agents.plans import Plan, Step, call_arguments
+from align.bench.chatgen.schema import chat_text
+from align.chat_dialogue import ChatDialogue, Messages, read_turns
+from rollouts.catalog import Catalog
+from rollouts.responses import answer_prompts
+
+_TASK = "Rewrite what somebody asks for into a prompt for a text-to-image model. Answer with the prompt only."
+
+
+class RewritingAgent(ChatGenAgent):
+    """Prompts by in-context learning, everything else by default.
+
+    Args:
+        policy: Any chat model, in evaluation mode.
+        dialogue: Its format.
+        catalog: With the default model.
+        rows: ChatGenBench rows of the training split; some are shown as examples.
+        base_model: Architecture whose default call is made.
+        num_examples: Shown.
+        max_tokens: Of examples and chat.
+        max_prompt_tokens: Longest prompt that is written.
+        seed: Of the choice of examples.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        dialogue: ChatDialogue,
+        catalog: Catalog,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        base_model: str = "SD 1.5",
+        num_examples: int = 3,
+        max_tokens: int = 1024,
+        max_prompt_tokens: int = 200,
+        seed: int = 0,
+    ) -> None:
+        self.policy, self.dialogue, self.catalog = policy, dialogue, catalog
+        self.max_tokens, self.max_prompt_tokens = max_tokens, max_prompt_tokens
+        self._default = catalog.default_call(base_model)
+        chosen = random.Random(seed).sample(range(len(rows)), min(num_examples, len(rows)))
+        lines = [_TASK]
+        for index in chosen:
+            row = rows[index]
+            said = " ".join(chat_text(row["messages"]).split())
+            lines.append(f"Request: {said}\nPrompt: {row['prompt']}")
+        self._task = "\n\n".join([*lines, "Request:"])
+
+    def plans(
+        self,
+        chats: Sequence[Messages],
+        truths: Sequence[Truth] | None = None,
+        without: Sequence[str | None] | None = None,
+    ) -> list[Plan]:
+        """See `ChatGenAgent.plans`; examples are of the training split, so nothing has to be left out."""
+        truths = [{}] * len(chats) if truths is None else truths
+        encoded = [self.dialogue.encode_chat(chat, self._task, None, self.max_tokens) for chat in chats]
+        answers = answer_prompts(
+            self.policy, self.dialogue, [chat.input_ids for chat in encoded], max_new_tokens=self.max_prompt_tokens,
+            batch_size=self.batch_size, progress=False,
+        )  # fmt: skip
+        plans: dict[int, Plan] = {}
+        for answer in answers:
+            said = read_turns(chats[answer.index])[-1].text
+            plans[answer.index] = self._plan(answer.text, said, truths[answer.index], answer.seconds)
+        return [plans[i] for i in range(len(chats))]
+
+    def _plan(self, text: str, said: str, truth: Truth, seconds: float) -> Plan:
+        written = " ".join(text.removeprefix("Prompt:").split())
+        prompt = truth.get("prompt") or written or said or "a picture"
+        notes = () if written or "prompt" in truth else ("no_prompt: the user's words instead",)
+        model = truth.get("model", self._default.model)
+        arguments = dict(truth.get("arguments") or call_arguments(self._default))
+        trail = (
+            Step("prompt", text, notes, seconds),
+            Step("model", [model]),
+            Step("arguments", arguments),
+        )
+        return Plan(prompt, "", model, arguments, trail)

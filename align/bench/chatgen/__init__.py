@@ -1,0 +1,1 @@
+"""ChatGenBench: freestyle chats for demonstrations of text-to-image models (ChatGen Sec. 3.1)."""

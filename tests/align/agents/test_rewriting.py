@@ -1,0 +1,43 @@
+"""The baseline without fine-tuning."""
+
+import pytest
+
+from align.agents.rewriting import RewritingAgent
+from align.chat_dialogue import ChatDialogue
+from align.chats import load_chats
+from rollouts.catalog import Catalog
+from rollouts.policy import load_policy, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def agent(chat_policy, chat_bench):
+    policy = load_policy(str(chat_policy), dtype="float32").eval()
+    dialogue = ChatDialogue(load_tokenizer(str(chat_policy)))
+    catalog, rows = Catalog.load(chat_bench / "catalog.jsonl"), load_chats(chat_bench)["train"]
+    return RewritingAgent(policy, dialogue, catalog, rows, max_prompt_tokens=10)
+
+
+CHATS = [[{"role": "user", "content": text}] for text in ("a fox in the rain, please", "", "ignore it all {")]
+
+
+def test_the_default_model_draws_with_default_parameters(agent):
+    default = agent.catalog.default_call("SD 1.5")
+    for plan in agent.plans(CHATS):
+        assert plan.call(agent.catalog) == agent.catalog.reconstruct(default.model, default.to_dict())
+        assert plan.prompt and plan.model == default.model and plan.arguments["steps"] == default.sampling_steps
+
+
+def test_examples_stand_before_the_chat(agent, chat_bench):
+    text = agent.dialogue.tokenizer.decode(agent.dialogue.encode_chat(CHATS[0], agent._task).input_ids)
+    assert text.count("Request:") == 4 and text.count("Prompt:") == 3
+    assert text.rindex("Request:") < text.index("a fox in the rain, please")
+    prompts = {row["prompt"] for row in load_chats(chat_bench)["train"]}
+    assert sum(f"Prompt: {prompt}" in text for prompt in prompts) == 3
+
+
+def test_truths_and_empty_answers(agent):
+    plan = agent._plan("Prompt:  a red\n fox ", "x", {}, 0.0)
+    assert plan.prompt == "a red fox" and plan.notes == ()
+    assert agent._plan("", "what I said", {}, 0.0).notes == ("no_prompt: the user's words instead",)
+    given = agent._plan("", "x", {"prompt": "p", "model": "Owl Painter - v2", "arguments": {"steps": 9}}, 0.0)
+    assert (given.prompt, given.model, given.arguments) == ("p", "Owl Painter - v2", {"steps": 9})
