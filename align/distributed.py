@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
+import torch
 from transformers import TrainingArguments
 
 from rollouts.candidate_files import Processes
@@ -46,3 +47,15 @@ def on_first_process(work: Callable[[], None]) -> None:
     if processes.rank == 0:
         work()
     processes.wait()
+
+
+def leave_process_group() -> None:
+    """Wait for the other processes, then leave their group; the last thing that a training run does.
+
+    An interpreter that ends inside of it can abort in one of the group's threads (exit code -6): the launcher then says
+    that a run has failed whose results are all there.
+    """
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()

@@ -21,7 +21,7 @@ from typing import Any
 
 from trl import ModelConfig, get_peft_config
 
-from align.distributed import prepare_cpu_deepspeed
+from align.distributed import leave_process_group, prepare_cpu_deepspeed
 from align.pairs import DataError, load_pairs
 from align.ranked_candidates import describe, read_scored, replay_rows, training_rows
 from align.ranked_table import RankedTable
@@ -127,6 +127,7 @@ def main(args: RRHFArguments, training: RRHFConfig, model_args: ModelConfig) -> 
         else:
             metrics = train(args, own, model_args, policy, source)
         policy = str(trained)
+    leave_process_group()
     return metrics
 
 

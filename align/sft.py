@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from align.chat_dialogue import PLANNING_TASK, WRITING_TASK, ChatFormat
-from align.distributed import prepare_cpu_deepspeed
+from align.distributed import leave_process_group, prepare_cpu_deepspeed
 from align.pairs import DataError
 from align.run_directory import MetricsFile, resume_from, save_policy, write_model_card
 from align.sample_answers import SampleAnswers
@@ -121,6 +121,7 @@ def main(args: SFTArguments, training: SFTConfig, model_args: ModelConfig, scrat
         write_model_card(output, title=task.title, command=_command(), facts=facts, metrics=metrics)
         if training.push_to_hub:
             trainer.push_to_hub(commit_message=task.title)
+    leave_process_group()
     return metrics
 
 
