@@ -515,6 +515,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(trainer_of, options):
 SCRIPT = """
 import json, sys
 from pathlib import Path
+import torch
 from align.distributed import leave_process_group, prepare_cpu_deepspeed
 from align.trainers import RRHFConfig, RRHFTrainer
 
@@ -538,6 +539,7 @@ if trainer.is_world_process_zero():
     }
     (Path(sys.argv[2]) / "report.json").write_text(json.dumps(report))
 leave_process_group()
+assert not torch.distributed.is_initialized()
 """
 
 
