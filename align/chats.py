@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from align.chat_dialogue import ChatDialogue
+from align.chat_dialogue import PICTURE, ChatDialogue, EncodedChat
 from align.pairs import DataError, read_splits
+from align.picture_dialogue import UNREADABLE, PictureDialogue
 from rollouts.dialogue import DialogueError
 
 logger = logging.getLogger(__name__)
 
 Target = Literal["prompt", "plan"]
+Unreadable = Literal["error", "text"]
 REQUIRED_SPLITS = ("train", "test")
 REQUIRED_COLUMNS = ("id", "messages", "prompt", "negative_prompt", "model", "arguments", "source")
 
@@ -32,6 +34,12 @@ def load_chats(folder: str | Path) -> Any:
     if not (path / "dataset_dict.json").is_file():
         raise DataError(f"`dataset` {folder} has no chats. Build them with python -m align.bench.chatgen.")
     return read_splits(path, REQUIRED_SPLITS, REQUIRED_COLUMNS, "align.bench.chatgen")
+
+
+def pictures_folder(folder: str | Path) -> Path:
+    """Where paths of pictures in a data set begin, of what `load_chats` takes."""
+    folder = Path(folder)
+    return folder.parent if (folder / "dataset_dict.json").is_file() else folder
 
 
 def split_validation(rows: Any, share: float = 0.05) -> tuple[Any, Any]:
@@ -59,8 +67,19 @@ def plan_text(row: Mapping[str, Any]) -> str:
     return json.dumps(plan | {"arguments": arguments}, ensure_ascii=False)
 
 
-def encode_chats(rows: Any, dialogue: ChatDialogue, target: Target, max_length: int, *, what: str) -> Any:
-    """Tokenize rows to `input_ids` and completion-only `labels`.
+def encode_chats(
+    rows: Any,
+    dialogue: ChatDialogue,
+    target: Target,
+    max_length: int,
+    *,
+    what: str,
+    unreadable: Unreadable = "error",
+) -> Any:
+    """Tokenize rows to `input_ids` and completion-only `labels`, with `pictures` for a policy that sees.
+
+    Pictures are opened once, to find those that can't be and because their sizes decide how many tokens they take; what
+    is kept of them is where they are.
 
     Args:
         rows: A `datasets.Dataset` of ChatGenBench rows.
@@ -68,10 +87,13 @@ def encode_chats(rows: Any, dialogue: ChatDialogue, target: Target, max_length: 
         target: `prompt`: what stage 1 of Evo writes (Eq. 2). `plan`: what Base writes (Eq. 1).
         max_length: Tokens of a dialogue; old messages are dropped and the last one is cut to fit, the response never.
         what: Name of the split, for messages.
+        unreadable: See `check_pictures`.
 
     Raises:
         DataError: Naming the row that can't be encoded, or if there is none at all.
     """
+    from datasets import Features, List, Value
+
     if not len(rows):
         raise DataError(f"{what} has no rows.")
     form = dialogue.chat_form
@@ -83,11 +105,41 @@ def encode_chats(rows: Any, dialogue: ChatDialogue, target: Target, max_length: 
             encoded = dialogue.encode_chat(row["messages"], task, response, max_length)
         except DialogueError as error:
             raise DataError(f"{what} row {row['id']!r}: {error}") from error
-        shortened = encoded.shortened or encoded.dropped > 0
-        return {"input_ids": encoded.input_ids, "labels": encoded.labels, "shortened": shortened}
+        return {
+            "input_ids": encoded.input_ids,
+            "labels": encoded.labels,
+            "pictures": [picture.source for picture in encoded.pictures],
+            "shortened": encoded.shortened or encoded.dropped > 0,
+            "unreadable": check_pictures(encoded, f"{what} row {row['id']!r}", unreadable),
+        }
 
+    tokens, number = List(Value("int64")), Value("int64")
+    features = {"input_ids": tokens, "labels": tokens, "pictures": List(Value("string")), "unreadable": number}
     # In memory: `map` would write its cache into the folder the data set was loaded from.
-    encoded = rows.map(encode, remove_columns=rows.column_names, keep_in_memory=True, desc=f"tokenizing {what}")
+    encoded = rows.map(
+        encode, remove_columns=rows.column_names, keep_in_memory=True, desc=f"tokenizing {what}",
+        features=Features(features | {"shortened": Value("bool")}),
+    )  # fmt: skip
     if shortened := sum(encoded["shortened"]):
         logger.info("%s: %d of %d chats were cut to fit %d tokens", what, shortened, len(rows), max_length)
-    return encoded.remove_columns("shortened")
+    if missing := sum(encoded["unreadable"]):
+        logger.warning("%s: %d pictures can't be opened and are written as %s", what, missing, PICTURE)
+    unused = [] if isinstance(dialogue, PictureDialogue) else ["pictures"]
+    return encoded.remove_columns(["shortened", "unreadable", *unused])
+
+
+def check_pictures(encoded: EncodedChat, where: str, unreadable: Unreadable) -> int:
+    """How many pictures of a chat can't be opened.
+
+    Args:
+        encoded: The chat.
+        where: Names the row, for the message.
+        unreadable: `error`: none may be. `text`: they stand as `[picture]`.
+
+    Raises:
+        DataError: Naming row and picture.
+    """
+    found = [note.removeprefix(UNREADABLE) for note in encoded.notes if note.startswith(UNREADABLE)]
+    if found and unreadable == "error":
+        raise DataError(f"{where}: {found[0]} Or set `unreadable_pictures: text`, which writes {PICTURE} instead.")
+    return len(found)

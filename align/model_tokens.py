@@ -3,9 +3,10 @@
     accelerate launch align/model_tokens.py --config configs/chatgen/evo_tokens.yaml \\
         --model_name_or_path runs/chatgen-evo --dataset data/chatgenbench --output_dir runs/chatgen-tokens
 
-The policy (of stage 1) reads each chat and its prompt once; its hidden states are kept, and only the new rows are
-trained on them. Leaves model_tokens.safetensors and .json, and how well models are chosen on the test split. One
-process: an epoch over hidden states takes seconds. Started again after a kill, it goes on where it was.
+The policy (of stage 1) reads each chat, with its pictures if it sees, and its prompt once; its hidden states are kept,
+and only the new rows are trained on them. Leaves model_tokens.safetensors and .json, and how well models are chosen on
+the test split. One process: an epoch over hidden states takes seconds. Started again after a kill, it goes on where it
+was.
 """
 
 import json
@@ -19,20 +20,22 @@ from typing import Any
 
 import torch
 
-from align.chat_dialogue import ChatDialogue, ChatFormat
-from align.chats import load_chats, split_validation
+from align.chat_dialogue import ChatDialogue
+from align.chats import Unreadable, check_pictures, load_chats, pictures_folder, split_validation
 from align.pairs import DataError
+from align.picture_dialogue import PictureDialogue, load_dialogue
 from align.run_directory import write_model_card
 from align.trainers.model_token_cache import ModelTokenExamples, build_cache
 from align.trainers.model_token_config import ModelTokenConfig, ModelTokenError
 from align.trainers.model_token_loss import rank_examples
+from align.trainers.model_token_pictures import PrefixPictures, picture_digest
 from align.trainers.model_token_rows import ModelTokens
 from align.trainers.model_token_trainer import ModelTokenTrainer
 from rewards.commandline import ConfigError, run_command, save_config
 from rewards.files import write_atomically
 from rollouts.catalog import Catalog, CatalogError
 from rollouts.dialogue import DialogueError
-from rollouts.policy import load_policy, load_tokenizer
+from rollouts.policy import load_policy
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +56,10 @@ class ModelTokenArguments:
     chats_per_demonstration: int | None = field(
         default=None, metadata={"help": "Learn from so many chats of each demonstration only; none: all."}
     )
+    unreadable_pictures: Unreadable = field(
+        default="error",
+        metadata={"help": "A picture that can't be opened, of a policy that sees: error, or write [picture] (text)."},
+    )
     max_train_rows: int | None = field(default=None, metadata={"help": "Learn from so many rows only; none: all."})
     max_test_rows: int | None = field(default=None, metadata={"help": "Test on so many rows only; none: all."})
 
@@ -65,24 +72,20 @@ class ModelTokenArguments:
 
 def main(args: ModelTokenArguments, config: ModelTokenConfig) -> dict[str, Any]:
     """Train, save and test; returns the accuracies on the test split."""
-    data = load_chats(args.dataset)
-    train, validation = split_validation(data["train"])
-    train = _first(_some_chats(train, args.chats_per_demonstration), args.max_train_rows)
-    validation = _some_chats(validation, args.chats_per_demonstration)
-    tokenizer = load_tokenizer(args.model_name_or_path)
+    train, validation, test = chosen_rows(load_chats(args.dataset), args)
     policy = load_policy(args.model_name_or_path, dtype=args.model_dtype)
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
-    dialogue = ChatDialogue(tokenizer, ChatFormat.load(args.model_name_or_path))
+    dialogue = load_dialogue(args.model_name_or_path, folder=pictures_folder(args.dataset))
 
     names = sorted(set(train["model"]))
-    known = set(names)
-    validation = validation.select([i for i, name in enumerate(validation["model"]) if name in known])
     trainer = ModelTokenTrainer(
         policy,
         config,
         names,
-        examples_of(train, names, dialogue, args.max_length, "train"),
-        examples_of(validation, names, dialogue, args.max_length, "validation") if len(validation) else None,
+        examples_of(train, names, dialogue, args.max_length, "train", args.unreadable_pictures),
+        examples_of(validation, names, dialogue, args.max_length, "validation", args.unreadable_pictures)
+        if len(validation)
+        else None,
         name_ids=_ids(dialogue, names) if config.init == "names" else None,
         description_ids=_ids(dialogue, _descriptions(args, names)) if config.init == "descriptions" else None,
     )
@@ -90,9 +93,8 @@ def main(args: ModelTokenArguments, config: ModelTokenConfig) -> dict[str, Any]:
     save_config(output / "config.yaml", args, config)
     tokens = trainer.train()
 
-    test = _first(data["test"], args.max_test_rows)
     shots = Counter({row["model"]: 0 for row in test}) | _demonstrations(train)
-    metrics = selection_accuracy(trainer, tokens, test, dialogue, args.max_length, shots)
+    metrics = selection_accuracy(trainer, tokens, test, dialogue, args.max_length, shots, args.unreadable_pictures)
     write_atomically(output / "selection.json", json.dumps(metrics, indent=1).encode())
     facts = {"policy": args.model_name_or_path, "models": f"{len(names):,}", "chats": f"{len(train):,}"}
     flat = {f"{group}/{name}": value for group, found in metrics.items() for name, value in found.items()}
@@ -102,23 +104,45 @@ def main(args: ModelTokenArguments, config: ModelTokenConfig) -> dict[str, Any]:
     return metrics
 
 
+def chosen_rows(data: Any, args: ModelTokenArguments) -> tuple[Any, Any, Any]:
+    """The rows of a `DatasetDict` to learn from, to validate on (of models that are learned only), and to test on."""
+    train, validation = split_validation(data["train"])
+    train = _first(_some_chats(train, args.chats_per_demonstration), args.max_train_rows)
+    validation = _some_chats(validation, args.chats_per_demonstration)
+    known = set(train["model"])
+    validation = validation.select([i for i, name in enumerate(validation["model"]) if name in known])
+    return train, validation, _first(data["test"], args.max_test_rows)
+
+
 def examples_of(
-    rows: Any, names: Sequence[str], dialogue: ChatDialogue, max_length: int, what: str
+    rows: Any,
+    names: Sequence[str],
+    dialogue: ChatDialogue,
+    max_length: int,
+    what: str,
+    unreadable: Unreadable = "error",
 ) -> ModelTokenExamples:
     """Chats with their prompts as prefixes, and their models as indices into `names`.
 
     Raises:
-        DataError: Naming the row that can't be encoded.
+        DataError: Naming the row that can't be encoded, or whose picture can't be opened (see `check_pictures`).
     """
     number = {name: index for index, name in enumerate(names)}
-    prefixes, labels = [], []
+    sees = isinstance(dialogue, PictureDialogue)
+    prefixes, labels, sources, digests = [], [], [], []
     for row in rows:
+        where = f"{what} row {row['id']!r}"
         try:
-            prefixes.append(dialogue.encode_selection(row["messages"], row["prompt"], max_length).input_ids)
+            encoded = dialogue.encode_selection(row["messages"], row["prompt"], max_length)
         except DialogueError as error:
-            raise DataError(f"{what} row {row['id']!r}: {error}") from error
+            raise DataError(f"{where}: {error}") from error
+        check_pictures(encoded, where, unreadable)
+        prefixes.append(encoded.input_ids)
         labels.append(number[row["model"]])
-    return ModelTokenExamples(prefixes, labels)
+        if sees:
+            sources.append([picture.source for picture in encoded.pictures])
+            digests.append(picture_digest(dialogue, encoded))
+    return ModelTokenExamples(prefixes, labels, PrefixPictures(dialogue, sources, digests) if sees else None)
 
 
 def selection_accuracy(
@@ -128,6 +152,7 @@ def selection_accuracy(
     dialogue: ChatDialogue,
     max_length: int,
     shots: Counter[str],
+    unreadable: Unreadable = "error",
 ) -> dict[str, dict[str, float]]:
     """Top-1 and top-5 accuracy of choosing the row's model after its chat and prompt.
 
@@ -140,6 +165,7 @@ def selection_accuracy(
         dialogue: As in training.
         max_length: As in training.
         shots: Demonstrations that each model was trained on.
+        unreadable: As in training.
 
     Returns:
         For all rows, and by setting, input type and number of demonstrations: `n`, `top1`, `top5`.
@@ -148,7 +174,7 @@ def selection_accuracy(
     possible = rows.select([i for i, name in enumerate(rows["model"]) if name in known])
     ranks: dict[str, int] = {}
     if len(possible):
-        examples = examples_of(possible, tokens.names, dialogue, max_length, "test")
+        examples = examples_of(possible, tokens.names, dialogue, max_length, "test", unreadable)
         cache = build_cache(
             Path(trainer.config.output_dir) / "cache-test",
             trainer.backbone,

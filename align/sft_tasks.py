@@ -2,17 +2,21 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from align.bench.chatgen.schema import chat_text
 from align.chat_dialogue import ChatDialogue, ChatFormat
-from align.chats import Target, encode_chats, load_chats, plan_text, split_validation
+from align.chats import Target, Unreadable, encode_chats, load_chats, pictures_folder, plan_text, split_validation
 from align.pairs import encode_pairs, load_pairs, response_text
+from align.picture_dialogue import PictureDialogue
 from rollouts.dialogue import Dialogue, DialogueFormat
 
-Learned = Literal["call", "plan", "prompt"]
+Learned = Literal["call", "plan", "prompt", "joint"]
+Reader = PreTrainedTokenizerBase | ProcessorMixin
+"""What comes with a policy: a tokenizer, or the processor of one that sees pictures."""
 
 
 class Task(ABC):
@@ -34,8 +38,8 @@ class Task(ABC):
         """What a tokenizer for this task is trained on."""
 
     @abstractmethod
-    def dialogue(self, tokenizer: PreTrainedTokenizerBase) -> Dialogue:
-        """How rows are written with a tokenizer."""
+    def dialogue(self, reader: Reader) -> Dialogue:
+        """How rows are written with a tokenizer or processor."""
 
     @abstractmethod
     def encode(self, rows: Any, dialogue: Any, max_length: int, what: str) -> Any:
@@ -44,6 +48,14 @@ class Task(ABC):
         Raises:
             DataError: Naming the row that can't be encoded.
         """
+
+    def prepare(self, policy: PreTrainedModel) -> None:
+        """Change the policy before rows are encoded for it."""
+        return
+
+    def finish(self, output: Path) -> None:
+        """Change what was saved, on one process."""
+        return
 
 
 class CallTask(Task):
@@ -59,8 +71,8 @@ class CallTask(Task):
     def texts(self) -> Iterator[str]:
         return (text for row in self.rows for text in (row["instruction"]["prompt"], response_text(row["api"])))
 
-    def dialogue(self, tokenizer: PreTrainedTokenizerBase) -> Dialogue:
-        return Dialogue(tokenizer, self._form)
+    def dialogue(self, reader: Reader) -> Dialogue:
+        return Dialogue(cast(PreTrainedTokenizerBase, reader), self._form)
 
     def encode(self, rows: Any, dialogue: Any, max_length: int, what: str) -> Any:
         return encode_pairs(rows, dialogue, max_length, what=what)
@@ -71,8 +83,9 @@ class ChatTask(Task):
 
     samples_calls = False
 
-    def __init__(self, folder: str, target: Target, form: ChatFormat) -> None:
+    def __init__(self, folder: str, target: Target, form: ChatFormat, unreadable: Unreadable = "error") -> None:
         self.rows, self.eval_rows = split_validation(load_chats(folder)["train"])
+        self._pictures, self._unreadable = pictures_folder(folder), unreadable
         self._target: Target = target
         self._form = form
         self.title = "ChatGen-Base" if target == "plan" else "ChatGen-Evo, stage 1 (prompt writing)"
@@ -82,8 +95,10 @@ class ChatTask(Task):
             yield chat_text(row["messages"], None)
             yield plan_text(row) if self._target == "plan" else row["prompt"]
 
-    def dialogue(self, tokenizer: PreTrainedTokenizerBase) -> Dialogue:
-        return ChatDialogue(tokenizer, self._form)
+    def dialogue(self, reader: Reader) -> Dialogue:
+        if isinstance(reader, ProcessorMixin):
+            return PictureDialogue(reader, self._form, self._pictures)
+        return ChatDialogue(reader, self._form)
 
     def encode(self, rows: Any, dialogue: Any, max_length: int, what: str) -> Any:
-        return encode_chats(rows, dialogue, self._target, max_length, what=what)
+        return encode_chats(rows, dialogue, self._target, max_length, what=what, unreadable=self._unreadable)

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +19,7 @@ from rewards.files import write_atomically
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "dialogue.json"
+Form = TypeVar("Form")
 
 
 class DialogueError(ValueError):
@@ -48,19 +49,32 @@ class DialogueFormat:
 
     def save(self, folder: str | Path) -> None:
         """Write `dialogue.json` into a model folder."""
-        write_atomically(Path(folder) / FILE_NAME, json.dumps(asdict(self), indent=1).encode())
+        write_form(Path(folder) / FILE_NAME, asdict(self))
 
     @classmethod
     def load(cls, folder: str | Path) -> "DialogueFormat":
         """Read `dialogue.json` of a model folder; the defaults if the model was not trained by this toolkit."""
-        path = Path(folder) / FILE_NAME
-        if not path.is_file():
-            logger.info("%s has no %s: using the default dialogue format", folder, FILE_NAME)
-            return cls()
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise DialogueError(f"{path} is not a dialogue format: {error}") from error
+        return read_form(cls, Path(folder) / FILE_NAME, "a dialogue format")
+
+
+def write_form(path: Path, values: Mapping[str, Any]) -> None:
+    """Keep a format in a file."""
+    write_atomically(path, json.dumps(values, indent=1).encode())
+
+
+def read_form(cls: type[Form], path: Path, what: str) -> Form:
+    """A format that `write_form` kept; the defaults if there is no file.
+
+    Raises:
+        DialogueError: The file is something else; the message calls it `what`.
+    """
+    if not path.is_file():
+        logger.info("%s has no %s: using the default dialogue format", path.parent, path.name)
+        return cls()
+    try:
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise DialogueError(f"{path} is not {what}: {error}") from error
 
 
 class Encoded(NamedTuple):
@@ -83,6 +97,7 @@ class Dialogue:
         if tokenizer.eos_token is None:
             raise DialogueError("The tokenizer has no EOS token, so a policy could never end its response.")
         self.uses_template = bool(tokenizer.chat_template) and not self.form.plain
+        self._template: str | None = None  # the tokenizer's own
         if not self.uses_template and not self.form.plain:
             logger.info("The tokenizer has no chat template: using the plain User/Agent form.")
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -204,13 +219,14 @@ class Dialogue:
             messages.append({"role": "assistant", "content": response})
         return self._apply_template(messages, response is None)
 
-    def _apply_template(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    def _apply_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError
 
         try:
             return str(
                 self.tokenizer.apply_chat_template(
                     messages,
+                    chat_template=self._template,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
                     enable_thinking=False,  # Qwen3 and its like: the empty thought belongs to the prompt

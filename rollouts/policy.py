@@ -1,4 +1,4 @@
-"""The policy: a causal language model that writes API calls, and its tokenizer.
+"""The policy: a language model that writes API calls, and its tokenizer; one that sees pictures, and its processor.
 
 Only safetensors and GGUF files are read, never pickles, and no code that came with a model is run. This command turns a
 GGUF file into an ordinary directory of safetensors and tokenizer, which loads faster and can be trained on:
@@ -12,16 +12,21 @@ import logging
 from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from rollouts.gguf_weights import (
     control_tokens,
@@ -84,7 +89,9 @@ def load_policy(
     revision: str | None = None,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """A causal language model from a directory, the Hub, or a GGUF file; trainable, in evaluation mode.
+    """A language model from a directory, the Hub, or a GGUF file; trainable, in evaluation mode.
+
+    It is a causal one, or one for pictures and text (`AutoModelForImageTextToText`) if its configuration is of such.
 
     Args:
         name_or_path: A directory with safetensors, a Hub id, or the path of a `.gguf` file.
@@ -111,12 +118,60 @@ def load_policy(
     if isinstance(source, Path):
         _check_checkpoint(source)
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    kind = AutoModelForImageTextToText if sees_pictures(name_or_path, revision=revision) else AutoModelForCausalLM
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return kind.from_pretrained(
             source, dtype=dtype or "auto", revision=revision, use_safetensors=True, trust_remote_code=False, **extra
         )
     except OSError as error:
         raise _cannot_load(name_or_path, "model", error) from error
+
+
+def sees_pictures(name_or_path: str, *, revision: str | None = None) -> bool:
+    """Whether a model's configuration is of one that reads pictures and text. A GGUF file's model never does.
+
+    Raises:
+        FileNotFoundError: No such directory.
+        OSError: No configuration there, and the Hub can't give it either.
+    """
+    if _gguf_path(name_or_path, None, revision) is not None:
+        return False
+    source = _directory_or_hub_id(name_or_path)
+    if isinstance(source, Path) and not (source / "config.json").is_file():
+        return False  # whoever loads it will say what is wrong
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except OSError as error:
+        raise _cannot_load(name_or_path, "configuration", error) from error
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and hasattr(config, "vision_config")
+
+
+def load_processor(name_or_path: str, *, revision: str | None = None) -> ProcessorMixin:
+    """The processor of a model that sees pictures; its tokenizer always has a pad token, as `load_tokenizer`'s.
+
+    Args:
+        name_or_path: A directory or a Hub id.
+        revision: Git revision on the Hub.
+
+    Raises:
+        FileNotFoundError: No such directory.
+        OSError: Not a directory here, and the Hub can't give it either.
+        ValueError: There is only a tokenizer, or it has neither a pad nor an EOS token.
+    """
+    source = _directory_or_hub_id(name_or_path)
+    try:
+        processor = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except OSError as error:
+        raise _cannot_load(name_or_path, "processor", error) from error
+    if not isinstance(processor, ProcessorMixin):
+        raise ValueError(
+            f"{name_or_path} sees pictures, but has only a tokenizer and no processor; copy processor_config.json and "
+            "preprocessor_config.json of the model that it was trained from beside it."
+        )
+    tokenizer = cast(Any, processor).tokenizer
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = _choose_pad_token(tokenizer, name_or_path)
+    return processor
 
 
 def policy_fingerprint(name_or_path: str) -> str:

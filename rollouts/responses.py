@@ -1,7 +1,7 @@
 """Batched generation: what a policy answers to instructions, by greedy decoding or sampling."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,6 +19,10 @@ _NOTHING_ELSE: dict[str, Any] = {
     "min_p": None,
     "typical_p": 1.0,
 }
+
+
+MoreInputs = Callable[[Sequence[int], torch.Tensor], Mapping[str, Any]]
+"""Of the numbers of a batch's prompts and their padded ids (prompts, tokens): further inputs of the policy, by name."""
 
 
 class Response(NamedTuple):
@@ -91,8 +95,12 @@ def answer_prompts(
     seed: int = 0,
     skip: frozenset[int] = frozenset(),
     progress: bool = True,
+    more_inputs: MoreInputs | None = None,
 ) -> Iterator[Response]:
-    """Answer prompts that are token ids already; everything else is as in `generate_responses`."""
+    """Answer prompts that are token ids already; everything else is as in `generate_responses`.
+
+    `more_inputs` gives what the policy needs beside the ids of a batch, such as pixels.
+    """
     batches = batches_by_length(prompts, batch_size)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if do_sample:
@@ -102,7 +110,9 @@ def answer_prompts(
             if not skip.issuperset(batch):
                 yield from (
                     response
-                    for response in _answer_batch(policy, dialogue, prompts, batch, max_new_tokens, sampling, seed)
+                    for response in _answer_batch(
+                        policy, dialogue, prompts, batch, max_new_tokens, sampling, seed, more_inputs
+                    )
                     if response.index not in skip
                 )
             bar.update(len(batch))
@@ -136,6 +146,7 @@ def _answer_batch(
     max_new_tokens: int,
     sampling: dict[str, Any],
     seed: int,
+    more_inputs: MoreInputs | None,
 ) -> list[Response]:
     tokenizer = dialogue.tokenizer
     end = cast(int, tokenizer.eos_token_id)  # Dialogue refuses tokenizers without one
@@ -154,6 +165,7 @@ def _answer_batch(
             pad_token_id=pad,
             eos_token_id=end,
             **(_NOTHING_ELSE | sampling),
+            **(more_inputs(batch, input_ids) if more_inputs else {}),
         )
     seconds = (time.perf_counter() - started) / len(batch)
     responses = []

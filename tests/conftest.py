@@ -257,3 +257,98 @@ def awkward_dialogue(awkward_catalog):
 
     texts = [entry.default_call().to_json() for entry in awkward_catalog.values()] * 2
     return Dialogue(train_bpe_tokenizer(texts, vocab_size=700))
+
+
+@pytest.fixture(scope="session")
+def picture_bench(chat_bench, tmp_path_factory):
+    """`chat_bench` with the picture that its chats point to."""
+    import shutil
+
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("picture_bench") / "bench"
+    shutil.copytree(chat_bench, folder)
+    (folder / "images").mkdir()
+    Image.linear_gradient("L").convert("RGB").resize((90, 60)).save(folder / "images/1.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_mllm(chat_bench, tmp_path_factory):
+    """Folder of an untrained InternVL: 4 tokens for a picture, and a tokenizer that knows the words of `chat_bench`."""
+    from align.chat_dialogue import ChatFormat
+    from align.chats import load_chats, plan_text
+    from pocket.mllm import MLLMConfig, build_mllm
+
+    folder = tmp_path_factory.mktemp("tiny_mllm")
+    texts = [plan_text(row) for row in load_chats(chat_bench)["train"]]
+    size = MLLMConfig("", "", vocab_size=500, hidden_size=32, num_layers=2, vision_size=16, picture_side=32)
+    _save_mllm(folder, *build_mllm(texts, size))
+    ChatFormat(writing_task="Write.", planning_task="Plan.").save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_vl(chat_bench, tmp_path_factory):
+    """Folder of an untrained Qwen2.5-VL; pictures of 56 to 112 pixels a side take 4 to 16 tokens, as they are large."""
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    from align.chat_dialogue import ChatFormat
+    from align.chats import load_chats, plan_text
+
+    folder = tmp_path_factory.mktemp("tiny_qwen_vl")
+    texts = [plan_text(row) for row in load_chats(chat_bench)["train"]]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_bpe_tokenizer(texts, vocab_size=500).backend_tokenizer, eos_token="<|im_end|>",
+        pad_token="<|pad|>", padding_side="left",
+        extra_special_tokens={
+            "image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_start_token": "<|vision_start|>",
+            "vision_end_token": "<|vision_end|>",
+        },
+    )  # fmt: skip
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% for part in m['content'] %}"
+        "{% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+        "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    sizes = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
+    processor = Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(size=sizes), tokenizer, Qwen2VLVideoProcessor(size=sizes), chat_template=template
+    )
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}, **ids,
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32,
+        "fullatt_block_indexes": [1], "window_size": 112,
+    }  # fmt: skip
+    named = ("image_token", "video_token", "vision_start_token", "vision_end_token")
+    special = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in named}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, dtype="float32", **special)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    _save_mllm(folder, model, processor)
+    ChatFormat(writing_task="Write.", planning_task="Plan.").save(folder)
+    return folder
+
+
+def _save_mllm(folder, model, processor):
+    """With some spread in the weights, so that no part of the model is without influence."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.1)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)

@@ -16,18 +16,19 @@ from typing import Any
 
 import torch
 
+from align.agents.chat_answers import ChatAnswer, OpenChat, answer_chats, more_inputs, open_chats
 from align.agents.plans import Plan, Step, call_arguments, plan_call
 from align.agents.shown_examples import Order, Shown, ShownExamples, usual
-from align.chat_dialogue import ChatDialogue, ChatFormat, Messages, read_turns
-from align.chats import load_chats
+from align.chat_dialogue import ChatDialogue, Messages
+from align.chats import load_chats, pictures_folder
+from align.picture_dialogue import load_dialogue
 from align.trainers.model_token_backbone import Backbone
 from align.trainers.model_token_config import ModelTokenError
 from align.trainers.model_token_rows import ModelTokens
 from rollouts.call_constraint import CallConstraint
 from rollouts.catalog import Catalog, CatalogEntry
 from rollouts.constrained_generation import generate_calls
-from rollouts.policy import load_policy, load_tokenizer
-from rollouts.responses import answer_prompts
+from rollouts.policy import load_policy
 from rollouts.token_bytes import TokenBytes
 
 Truth = Mapping[str, Any]
@@ -42,18 +43,22 @@ class ChatGenAgent(ABC):
     """Plans for chats.
 
     Attributes:
+        policy, dialogue: Who writes, and in which format.
         catalog: The models.
+        max_tokens: Of a chat; older messages are left out.
         batch_size: Chats that are planned together.
     """
 
+    policy: Any
+    dialogue: ChatDialogue
     catalog: Catalog
+    max_tokens: int
     batch_size: int = 8
 
     def plan(self, messages: Messages, truth: Truth | None = None) -> Plan:
         """The plan for one chat; see `plans`."""
         return self.plans([messages], [truth or {}])[0]
 
-    @abstractmethod
     def plans(
         self,
         chats: Sequence[Messages],
@@ -61,6 +66,9 @@ class ChatGenAgent(ABC):
         without: Sequence[str | None] | None = None,
     ) -> list[Plan]:
         """A valid plan for each chat.
+
+        A picture of a chat is a path in the data set's folder, or of the caller's own program: a PIL image or a
+        `pathlib.Path`. One that can't be opened is noted, and the plan is made without it.
 
         Args:
             chats: Messages of ChatGenBench; each ends with the user's.
@@ -70,6 +78,42 @@ class ChatGenAgent(ABC):
         Raises:
             DialogueError: A chat that is none, or that doesn't fit.
         """
+        truths = [{}] * len(chats) if truths is None else truths
+        without = [None] * len(chats) if without is None else without
+        found: list[Plan] = []
+        for start in range(0, len(chats), self.batch_size):  # pictures of so many chats are open at a time
+            some = slice(start, start + self.batch_size)
+            found += self._plan_together(open_chats(self.dialogue, chats[some]), truths[some], without[some])
+        return found
+
+    @abstractmethod
+    def _plan_together(
+        self, chats: Sequence[OpenChat], truths: Sequence[Truth], without: Sequence[str | None]
+    ) -> list[Plan]:
+        """Plans for a batch of chats; see `plans`."""
+
+    def _ask(self, chats: Sequence[OpenChat], task: str, max_new_tokens: int) -> list[ChatAnswer]:
+        """What the policy writes."""
+        return answer_chats(
+            self.policy, self.dialogue, chats, task, max_tokens=self.max_tokens, max_new_tokens=max_new_tokens,
+            batch_size=self.batch_size,
+        )  # fmt: skip
+
+
+def load_chat_policy(
+    policy: str | Path, dataset: str | Path | None, dtype: str = "auto", device: str | None = None
+) -> tuple[Any, ChatDialogue]:
+    """A policy in evaluation mode and its format, with its processor if it sees pictures.
+
+    Args:
+        policy: A directory or a Hub id.
+        dataset: Folder that paths of pictures in chats are relative to; `None`: there are none.
+        dtype: See `load_policy`.
+        device: Where to; `None`: a GPU if there is one.
+    """
+    loaded = load_policy(str(policy), dtype=dtype)
+    loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return loaded.eval(), load_dialogue(policy, folder=dataset and pictures_folder(dataset))
 
 
 class EvoAgent(ChatGenAgent):
@@ -127,24 +171,14 @@ class EvoAgent(ChatGenAgent):
         **options: Any,
     ) -> "EvoAgent":
         """Load the policy of stage 1, the tokens of stage 2, and the training split that examples come from."""
-        loaded = load_policy(str(policy), dtype=dtype)
-        loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dialogue = ChatDialogue(load_tokenizer(str(policy)), ChatFormat.load(policy))
         models = Catalog.load(Path(catalog) if catalog else Path(dataset) / "catalog.jsonl")
         examples = ShownExamples(load_chats(dataset)["train"], order)
-        return cls(loaded.eval(), dialogue, ModelTokens.load(tokens), models, examples, **options)
+        written = load_chat_policy(policy, dataset, dtype, device)
+        return cls(*written, ModelTokens.load(tokens), models, examples, **options)
 
-    def plans(
-        self,
-        chats: Sequence[Messages],
-        truths: Sequence[Truth] | None = None,
-        without: Sequence[str | None] | None = None,
+    def _plan_together(
+        self, chats: Sequence[OpenChat], truths: Sequence[Truth], without: Sequence[str | None]
     ) -> list[Plan]:
-        """See `ChatGenAgent.plans`."""
-        truths = [{}] * len(chats) if truths is None else truths
-        without = [None] * len(chats) if without is None else without
-        if not len(chats):
-            return []
         prompts = self._write(chats, truths)
         models = self._choose(chats, [step.raw for step in prompts], truths)
         names = [step.raw[0] for step in models]
@@ -154,26 +188,20 @@ class EvoAgent(ChatGenAgent):
             for p, m, a, negative in zip(prompts, models, arguments, negatives, strict=True)
         ]
 
-    def _write(self, chats: Sequence[Messages], truths: Sequence[Truth]) -> list[Step]:
+    def _write(self, chats: Sequence[OpenChat], truths: Sequence[Truth]) -> list[Step]:
         """Stage 1 (Eq. 2)."""
-        task = self.dialogue.chat_form.writing_task
-        steps: dict[int, Step] = {i: Step("prompt", t["prompt"]) for i, t in enumerate(truths) if "prompt" in t}
+        steps = {
+            i: Step("prompt", truth["prompt"], chats[i].notes) for i, truth in enumerate(truths) if "prompt" in truth
+        }
         asked = [i for i in range(len(chats)) if i not in steps]
-        encoded = [self.dialogue.encode_chat(chats[i], task, None, self.max_tokens) for i in asked]
-        answers = answer_prompts(
-            self.policy, self.dialogue, [chat.input_ids for chat in encoded], max_new_tokens=self.max_prompt_tokens,
-            batch_size=self.batch_size, progress=False,
-        )  # fmt: skip
-        for answer in answers:
-            chat, index = encoded[answer.index], asked[answer.index]
-            notes = [f"dropped_messages: {chat.dropped}"] if chat.dropped else []
-            notes += ["shortened_message"] if chat.shortened else []
-            text = answer.text
+        answers = self._ask([chats[i] for i in asked], self.dialogue.chat_form.writing_task, self.max_prompt_tokens)
+        for i, answer in zip(asked, answers, strict=True):
+            text, notes = answer.text, answer.notes
             if not text:
-                text = self._beginning(read_turns(chats[index])[-1].text) or "a picture"
-                notes.append("no_prompt: the user's words instead")
-            notes += [] if answer.finished else ["prompt_cut"]
-            steps[index] = Step("prompt", text, tuple(notes), answer.seconds)
+                text = self._beginning(chats[i].said) or "a picture"
+                notes += ("no_prompt: the user's words instead",)
+            notes += () if answer.finished else ("prompt_cut",)
+            steps[i] = Step("prompt", text, notes, answer.seconds)
         return [steps[i] for i in range(len(chats))]
 
     def _beginning(self, text: str) -> str:
@@ -182,20 +210,22 @@ class EvoAgent(ChatGenAgent):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"][: self.max_prompt_tokens]
         return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
-    def _choose(self, chats: Sequence[Messages], prompts: Sequence[str], truths: Sequence[Truth]) -> list[Step]:
+    def _choose(self, chats: Sequence[OpenChat], prompts: Sequence[str], truths: Sequence[Truth]) -> list[Step]:
         """Stage 2 (Eq. 4), among the models of the catalogue."""
+        started = time.perf_counter()
+        encoded = [
+            self.dialogue.encode_selection(chat.messages, prompt, self.max_tokens)
+            for chat, prompt in zip(chats, prompts, strict=True)
+        ]
+        hidden = self._backbone([chat.input_ids for chat in encoded], more_inputs(self.dialogue, encoded)).hidden
+        found = self.tokens.choose(hidden, min(_TOP, len(self.tokens)))
+        seconds = (time.perf_counter() - started) / len(chats)
         steps = []
-        for start in range(0, len(chats), self.batch_size):
-            started = time.perf_counter()
-            some = range(start, min(len(chats), start + self.batch_size))
-            prefixes = [self.dialogue.encode_selection(chats[i], prompts[i], self.max_tokens).input_ids for i in some]
-            found = self.tokens.choose(self._backbone(prefixes).hidden, min(_TOP, len(self.tokens)))
-            seconds = (time.perf_counter() - started) / len(some)
-            for i, choices in zip(some, found, strict=True):
-                names = [choice.name for choice in choices]
-                if "model" in truths[i]:
-                    names = [truths[i]["model"], *(name for name in names if name != truths[i]["model"])]
-                steps.append(Step("model", names, (), seconds))
+        for truth, choices in zip(truths, found, strict=True):
+            names = [choice.name for choice in choices]
+            if "model" in truth:
+                names = [truth["model"], *(name for name in names if name != truth["model"])]
+            steps.append(Step("model", names, (), seconds))
         return steps
 
     def _configure(
@@ -214,10 +244,7 @@ class EvoAgent(ChatGenAgent):
         asked = [i for i, truth in enumerate(truths) if "arguments" not in truth]
         requests = [self._request(self.catalog[models[i]], prompts[i], shown[i]) for i in asked]
         constraints = [self._constraint(self.catalog[models[i]]) for i in asked]
-        written = []
-        for start in range(0, len(asked), self.batch_size):
-            stop = start + self.batch_size
-            written += generate_calls(self.policy, requests[start:stop], constraints[start:stop])
+        written = generate_calls(self.policy, requests, constraints)
         seconds = (time.perf_counter() - started) / max(1, len(asked))
         steps: dict[int, Step] = {}
         for i, truth in enumerate(truths):
@@ -277,33 +304,38 @@ class BaseAgent(ChatGenAgent):
         self.max_tokens, self.max_plan_tokens = max_tokens, max_plan_tokens
         self._default = catalog.default_call(base_model)
 
-    def plans(
-        self,
-        chats: Sequence[Messages],
-        truths: Sequence[Truth] | None = None,
-        without: Sequence[str | None] | None = None,
-    ) -> list[Plan]:
-        """See `ChatGenAgent.plans`; truths replace what was written, as everything is written at once."""
-        truths = [{}] * len(chats) if truths is None else truths
-        task = self.dialogue.chat_form.planning_task
-        encoded = [self.dialogue.encode_chat(chat, task, None, self.max_tokens) for chat in chats]
-        answers = answer_prompts(
-            self.policy, self.dialogue, [chat.input_ids for chat in encoded], max_new_tokens=self.max_plan_tokens,
-            batch_size=self.batch_size, progress=False,
-        )  # fmt: skip
-        plans: dict[int, Plan] = {}
-        for answer in answers:
-            turns = read_turns(chats[answer.index])
-            plans[answer.index] = self._read(answer.text, turns[-1].text, truths[answer.index], answer.seconds)
-        return [plans[i] for i in range(len(chats))]
+    @classmethod
+    def from_pretrained(
+        cls,
+        policy: str | Path,
+        *,
+        dataset: str | Path,
+        catalog: str | Path | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        **options: Any,
+    ) -> "BaseAgent":
+        """Load the policy; the catalogue and pictures of chats are the data set's."""
+        models = Catalog.load(Path(catalog) if catalog else Path(dataset) / "catalog.jsonl")
+        return cls(*load_chat_policy(policy, dataset, dtype, device), models, **options)
 
-    def _read(self, text: str, said: str, truth: Truth, seconds: float) -> Plan:
+    def _plan_together(
+        self, chats: Sequence[OpenChat], truths: Sequence[Truth], without: Sequence[str | None]
+    ) -> list[Plan]:
+        """Truths replace what was written, as everything is written at once."""
+        answers = self._ask(chats, self.dialogue.chat_form.planning_task, self.max_plan_tokens)
+        return [
+            self._read(answer.text, chat.said, truth, answer.seconds, answer.notes)
+            for answer, chat, truth in zip(answers, chats, truths, strict=True)
+        ]
+
+    def _read(self, text: str, said: str, truth: Truth, seconds: float, of_chat: Sequence[str] = ()) -> Plan:
         """A valid plan of what the policy wrote, each part by itself."""
         try:
             written = json.loads(text)
         except (ValueError, RecursionError):
             written = None
-        notes = [] if isinstance(written, dict) else ["not_json"]
+        notes = [*of_chat] + ([] if isinstance(written, dict) else ["not_json"])
         given: dict[str, Any] = (written if isinstance(written, dict) else {}) | dict(truth)
         prompt = given.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():

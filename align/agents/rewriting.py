@@ -3,14 +3,16 @@ draws it with default parameters (ChatGen Sec. 4.1, "Baseline Without Fine-Tunin
 
 import random
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from align.agents.chatgen import ChatGenAgent, Truth
+from align.agents.chat_answers import OpenChat
+from align.agents.chatgen import ChatGenAgent, Truth, load_chat_policy
 from align.agents.plans import Plan, Step, call_arguments
 from align.bench.chatgen.schema import chat_text
-from align.chat_dialogue import ChatDialogue, Messages, read_turns
+from align.chat_dialogue import ChatDialogue
+from align.chats import load_chats
 from rollouts.catalog import Catalog
-from rollouts.responses import answer_prompts
 
 _TASK = "Rewrite what somebody asks for into a prompt for a text-to-image model. Answer with the prompt only."
 
@@ -54,29 +56,37 @@ class RewritingAgent(ChatGenAgent):
             lines.append(f"Request: {said}\nPrompt: {row['prompt']}")
         self._task = "\n\n".join([*lines, "Request:"])
 
-    def plans(
-        self,
-        chats: Sequence[Messages],
-        truths: Sequence[Truth] | None = None,
-        without: Sequence[str | None] | None = None,
-    ) -> list[Plan]:
-        """See `ChatGenAgent.plans`; examples are of the training split, so nothing has to be left out."""
-        truths = [{}] * len(chats) if truths is None else truths
-        encoded = [self.dialogue.encode_chat(chat, self._task, None, self.max_tokens) for chat in chats]
-        answers = answer_prompts(
-            self.policy, self.dialogue, [chat.input_ids for chat in encoded], max_new_tokens=self.max_prompt_tokens,
-            batch_size=self.batch_size, progress=False,
-        )  # fmt: skip
-        plans: dict[int, Plan] = {}
-        for answer in answers:
-            said = read_turns(chats[answer.index])[-1].text
-            plans[answer.index] = self._plan(answer.text, said, truths[answer.index], answer.seconds)
-        return [plans[i] for i in range(len(chats))]
+    @classmethod
+    def from_pretrained(
+        cls,
+        policy: str | Path,
+        *,
+        dataset: str | Path,
+        catalog: str | Path | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        **options: Any,
+    ) -> "RewritingAgent":
+        """Load any chat model; the catalogue, examples and pictures of chats are the data set's."""
+        models = Catalog.load(Path(catalog) if catalog else Path(dataset) / "catalog.jsonl")
+        rows = load_chats(dataset)["train"]
+        return cls(*load_chat_policy(policy, dataset, dtype, device), models, rows, **options)
 
-    def _plan(self, text: str, said: str, truth: Truth, seconds: float) -> Plan:
+    def _plan_together(
+        self, chats: Sequence[OpenChat], truths: Sequence[Truth], without: Sequence[str | None]
+    ) -> list[Plan]:
+        """Examples are of the training split, so nothing has to be left out."""
+        answers = self._ask(chats, self._task, self.max_prompt_tokens)
+        return [
+            self._plan(answer.text, chat.said, truth, answer.seconds, answer.notes)
+            for answer, chat, truth in zip(answers, chats, truths, strict=True)
+        ]
+
+    def _plan(self, text: str, said: str, truth: Truth, seconds: float, of_chat: Sequence[str] = ()) -> Plan:
         written = " ".join(text.removeprefix("Prompt:").split())
         prompt = truth.get("prompt") or written or said or "a picture"
-        notes = () if written or "prompt" in truth else ("no_prompt: the user's words instead",)
+        replaced = () if written or "prompt" in truth else ("no_prompt: the user's words instead",)
+        notes = (*of_chat, *replaced)
         model = truth.get("model", self._default.model)
         arguments = dict(truth.get("arguments") or call_arguments(self._default))
         trail = (

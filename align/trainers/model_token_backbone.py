@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from align.trainers.model_token_config import ModelTokenError
 from align.trainers.model_token_loss import LogitTransform
+from rollouts.responses import MoreInputs
 
 _SCALES = ("logit_scale", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)
@@ -34,7 +35,7 @@ class BackboneOutput(NamedTuple):
 
 
 class Backbone:
-    """A causal language model, frozen, in evaluation mode while it computes.
+    """A causal language model, one that sees pictures too, frozen, in evaluation mode while it computes.
 
     Attributes:
         model: As given.
@@ -75,20 +76,16 @@ class Backbone:
         return self.head.weight.shape[1]
 
     @torch.no_grad()
-    def __call__(self, prefixes: Sequence[Sequence[int]]) -> BackboneOutput:
-        """One forward pass over prefixes of token ids, at least one token each."""
-        hidden, logits = self._last(prefixes)
+    def __call__(self, prefixes: Sequence[Sequence[int]], more_inputs: MoreInputs | None = None) -> BackboneOutput:
+        """One forward pass over prefixes of token ids, at least one token each; `more_inputs` gives their pictures."""
+        hidden, logits = self._last(prefixes, more_inputs)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return BackboneOutput(hidden, logits.logsumexp(-1), logits.amax(-1))
 
     def digest(self) -> str:
         """16 hex digits over every weight and the configuration."""
         digest = hashlib.sha256()
-        config = {
-            key: value
-            for key, value in self.model.config.to_dict().items()
-            if key not in _WITHOUT_EFFECT and not key.endswith("_token_id")
-        }
+        config = _with_effect(self.model.config.to_dict())
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
         seen: set[tuple[int, torch.Size]] = set()
         for name, weight in sorted(self.model.state_dict().items()):
@@ -107,7 +104,7 @@ class Backbone:
         config = self.model.config
         return config.get_text_config() if hasattr(config, "get_text_config") else config
 
-    def _last(self, prefixes: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    def _last(self, prefixes: Sequence[Sequence[int]], more_inputs: MoreInputs | None = None) -> tuple[Tensor, Tensor]:
         """Hidden states and the model's own word logits after each prefix: (n, d) and (n, |V|)."""
         lengths = torch.tensor([len(prefix) for prefix in prefixes])
         width = int(lengths.max())
@@ -121,17 +118,19 @@ class Backbone:
             captured.append(last)
             return F.linear(last, self.head.weight, self.head.bias)[:, None]
 
-        logits = self._forward(ids, head)
+        ids = ids.to(self.model.get_input_embeddings().weight.device)
+        inputs = more_inputs(range(len(prefixes)), ids) if more_inputs else {}
+        logits = self._forward(ids, head, inputs)
         return captured[-1], logits[:, 0]
 
-    def _forward(self, ids: Tensor, head: Any = None) -> Tensor:
+    def _forward(self, ids: Tensor, head: Any = None, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """The model's logits, with another function in the place of its output layer."""
         device = self.model.get_input_embeddings().weight.device
         training = self.model.training
         self.model.eval()
         try:
             with _replaced(self.head, head):
-                return self.model(input_ids=ids.to(device), use_cache=False).logits
+                return self.model(input_ids=ids.to(device), use_cache=False, **(inputs or {})).logits
         finally:
             self.model.train(training)
 
@@ -187,6 +186,15 @@ def _replaced(head: nn.Module, forward: Any) -> Generator[None]:
             del head.forward
         else:
             head.forward = plain
+
+
+def _with_effect(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a configuration hidden states depend on; also of the parts of a model that sees."""
+    return {
+        key: _with_effect(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in _WITHOUT_EFFECT and (key == "image_token_id" or not str(key).endswith("_token_id"))
+    }
 
 
 def _known_transforms(config: Any) -> list[LogitTransform]:

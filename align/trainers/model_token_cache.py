@@ -24,7 +24,9 @@ from torch import Tensor
 from align.trainers.model_token_backbone import Backbone
 from align.trainers.model_token_config import ModelTokenError
 from align.trainers.model_token_loss import LogitTransform
+from align.trainers.model_token_pictures import PrefixPictures
 from rewards.files import write_atomically
+from rollouts.responses import MoreInputs
 from rollouts.safetensors_reader import read_header
 
 logger = logging.getLogger(__name__)
@@ -42,10 +44,12 @@ class ModelTokenExamples:
     Attributes:
         prefixes: Token ids, ending where the model token would be predicted.
         labels: Index into the list of models.
+        pictures: Those that prefixes have places for, if the policy sees.
     """
 
     prefixes: Sequence[Sequence[int]]
     labels: Sequence[int]
+    pictures: PrefixPictures | None = None
 
     def check(self, num_models: int, vocabulary: int, window: int | None) -> None:
         """Find what can't be trained on.
@@ -80,7 +84,13 @@ class ModelTokenExamples:
 
     def __add__(self, other: "ModelTokenExamples") -> "ModelTokenExamples":
         """These, then the others."""
-        return ModelTokenExamples([*self.prefixes, *other.prefixes], [*self.labels, *other.labels])
+        pictures = self.pictures and other.pictures and self.pictures + other.pictures
+        return ModelTokenExamples([*self.prefixes, *other.prefixes], [*self.labels, *other.labels], pictures)
+
+    def key(self, number: int) -> bytes:
+        """What tells an example's prefix from others: its ids, and what its pictures show."""
+        ids = torch.tensor(self.prefixes[number]).numpy().tobytes()
+        return ids + (self.pictures.digests[number] if self.pictures else b"")
 
 
 class HiddenBatch(NamedTuple):
@@ -106,7 +116,7 @@ class Manifest:
 
     Attributes:
         backbone: Digest of the weights and configuration.
-        prefixes: Digest of all token ids, in order.
+        prefixes: Digest of all token ids and pictures, in order.
         labels: Of each example.
         places: Where each example's prefix is, counted over all parts.
         num_prefixes: Distinct ones.
@@ -231,8 +241,7 @@ def build_cache(
     last_log = time.monotonic()
     for done, part in enumerate(missing):
         first = part * part_rows
-        prefixes = [examples.prefixes[number] for number in order[first : first + part_rows]]
-        tensors = _compute(backbone, prefixes, tokens_per_batch, order[first : first + part_rows])
+        tensors = _compute(backbone, examples, tokens_per_batch, order[first : first + part_rows])
         tensors["hidden"] = _narrowed(tensors["hidden"], getattr(torch, manifest.dtype), part)
         write_atomically(_part_path(folder, part), safetensors.torch.save(tensors))
         if time.monotonic() - last_log > _SECONDS_BETWEEN_LOGS:
@@ -266,14 +275,14 @@ def read_manifest(folder: str | Path) -> Manifest | None:
 def _plan(backbone: Backbone, examples: ModelTokenExamples, dtype: str, part_rows: int) -> tuple[list[int], Manifest]:
     """An example for each distinct prefix, longest first, and the description of the cache."""
     digest, first = hashlib.sha256(), {}
-    for number, prefix in enumerate(examples.prefixes):
-        ids = torch.tensor(prefix).numpy().tobytes()
-        digest.update(len(prefix).to_bytes(8, "little") + ids)
-        first.setdefault(ids, number)
+    keys = [examples.key(number) for number in range(len(examples))]
+    for number, key in enumerate(keys):
+        digest.update(len(examples.prefixes[number]).to_bytes(8, "little") + key)
+        first.setdefault(key, number)
     # The longest first: if memory does not suffice, that is seen at once.
     order = sorted(first.values(), key=lambda number: (-len(examples.prefixes[number]), number))
     place_of = {number: place for place, number in enumerate(order)}
-    places = [place_of[first[torch.tensor(prefix).numpy().tobytes()]] for prefix in examples.prefixes]
+    places = [place_of[first[key]] for key in keys]
     own = str(backbone.head.weight.dtype).removeprefix("torch.")
     manifest = Manifest(
         backbone=backbone.digest(),
@@ -320,13 +329,14 @@ def _differ(one: Manifest, other: Manifest, name: str) -> bool:
 
 
 def _compute(
-    backbone: Backbone, prefixes: Sequence[Sequence[int]], tokens_per_batch: int, numbers: Sequence[int]
+    backbone: Backbone, examples: ModelTokenExamples, tokens_per_batch: int, numbers: Sequence[int]
 ) -> dict[str, Tensor]:
     outputs, start = [], 0
-    while start < len(prefixes):
+    while start < len(numbers):
         # In order of length, so the first one is the widest.
-        size = max(1, min(_MOST_ROWS, tokens_per_batch // len(prefixes[start])))
-        output = backbone(prefixes[start : start + size])
+        size = max(1, min(_MOST_ROWS, tokens_per_batch // len(examples.prefixes[numbers[start]])))
+        some = numbers[start : start + size]
+        output = backbone([examples.prefixes[number] for number in some], _more_inputs(examples.pictures, some))
         bad = ~(output.hidden.isfinite().all(1) & output.word_lse.isfinite())
         if bad.any():
             number = numbers[start + int(bad.nonzero()[0])]
@@ -338,6 +348,12 @@ def _compute(
         start += size
     names = ("hidden", "word_lse", "word_max")
     return {name: torch.cat([one[i] for one in outputs]) for i, name in enumerate(names)}
+
+
+def _more_inputs(pictures: PrefixPictures | None, numbers: Sequence[int]) -> MoreInputs | None:
+    if pictures is None:
+        return None
+    return lambda places, input_ids: pictures.inputs([numbers[place] for place in places], input_ids)
 
 
 def _narrowed(hidden: Tensor, dtype: torch.dtype, part: int) -> Tensor:

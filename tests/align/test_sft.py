@@ -233,7 +233,10 @@ def test_bad_options_are_one_line(bench, tmp_path, flags, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("learn", "title"), [("plan", "ChatGen-Base"), ("prompt", "ChatGen-Evo, stage 1")])
+@pytest.mark.parametrize(
+    ("learn", "title"),
+    [("plan", "ChatGen-Base"), ("prompt", "ChatGen-Evo, stage 1 "), ("joint", "ChatGen-Evo, stages 1 and 2 jointly")],
+)
 def test_chats_are_learned_too(tmp_path, chat_bench, learn, title):
     done = launch(tmp_path, chat_bench, "--learn", learn, "--writing_task", "Write it.", config={"sample_answers": 2})
     assert done.returncode == 0, done.stderr[-3000:]
@@ -245,3 +248,4 @@ def test_chats_are_learned_too(tmp_path, chat_bench, learn, title):
     dialogue = ChatDialogue(load_tokenizer(str(run)), form)
     assert dialogue.encode_chat([{"role": "user", "content": "a fox"}], form.writing_task).input_ids
     AutoModelForCausalLM.from_pretrained(run)
+    assert (run / "model_tokens.safetensors").is_file() == (learn == "joint")

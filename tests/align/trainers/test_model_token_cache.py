@@ -35,9 +35,9 @@ def counted(build):
         def __init__(self):
             self.__dict__ |= backbone.__dict__
 
-        def __call__(self, prefixes):
+        def __call__(self, prefixes, more_inputs=None):
             seen.extend(prefixes)
-            return super().__call__(prefixes)
+            return super().__call__(prefixes, more_inputs)
 
     return Counting(), seen
 
