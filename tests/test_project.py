@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import pkgutil
+import re
 import subprocess
 import sys
 import time
@@ -108,6 +109,8 @@ def config_classes(path):
     from align.agents.serve import ServeConfig
     from align.bench.chatgen.config import ChatGenBenchConfig
     from align.bench.config import DABenchConfig
+    from align.evaluation.chatgen import ChatGenEvaluationConfig
+    from align.evaluation.chatgen_draw import ChatGenDrawConfig, DrawingConfig
     from align.evaluation.diffagent import DiffAgentTablesConfig
     from align.evaluation.hallucination import HallucinationConfig
     from align.model_tokens import ModelTokenArguments
@@ -133,6 +136,8 @@ def config_classes(path):
         "align/sft.py": (SFTArguments, SFTConfig, ModelConfig, ScratchConfig),
         "align.bench.dabench": (DABenchConfig,),
         "align.bench.chatgen": (ChatGenBenchConfig,),
+        "align.evaluation.chatgen ": (ChatGenEvaluationConfig, DrawingConfig),
+        "align.evaluation.chatgen_draw": (ChatGenDrawConfig, DrawingConfig),
         "align.evaluation.diffagent": (DiffAgentTablesConfig,),
         "align.evaluation.hallucination": (HallucinationConfig,),
     }
@@ -142,7 +147,7 @@ def config_classes(path):
 
 @pytest.mark.parametrize(
     "path",
-    sorted([*REPOSITORY.glob("configs/[dpr]*/*.yaml"), *REPOSITORY.glob("configs/chatgen/[be]*.yaml")]),
+    sorted([*REPOSITORY.glob("configs/[dpr]*/*.yaml"), *REPOSITORY.glob("configs/chatgen/[bdet]*.yaml")]),
     ids=lambda p: f"{p.parent.name}/{p.name}",
 )
 def test_config_file_is_read_by_its_command(path, tmp_path, monkeypatch):
@@ -154,8 +159,11 @@ def test_config_file_is_read_by_its_command(path, tmp_path, monkeypatch):
     required = {"dabench.yaml": ["--source", "s", "--output", "o"], "score.yaml": ["--source", "s", "--output", "o"]}
     required["bench.yaml"] = required["dabench.yaml"]
     required["tables.yaml"] = ["--dataset", "d", "--output_dir", "o", "--weights", "w"]
+    required["chatgen_tables.yaml"] = required["tables.yaml"]
+    required["drawing.yaml"] = ["--output_dir", "o", "--catalog", "c", "--weights", "w"]
     required["candidates.yaml"] = ["--model_name_or_path", "m", "--catalog", "c", "--dataset", "d", "--output", "o"]
     required["evo_tokens.yaml"] = ["--model_name_or_path", "m", "--dataset", "d", "--output_dir", "o"]
+    required["chatgen_tokens.yaml"] = required["evo_tokens.yaml"]
     required["agent.yaml"] = ["--model_name_or_path", "m", "--dataset", "d"]
     required |= {"run.yaml": rollout, "ray.yaml": rollout, "rollout.yaml": rollout}
     flags = required.get(
@@ -186,3 +194,16 @@ def test_every_config_file_says_what_it_is():
     for path in REPOSITORY.glob("configs/d*/*.yaml"):
         head = path.read_text().split("\n\n")[0]
         assert "Hardware:" in path.read_text() and head.startswith("# "), path
+
+
+def test_gradients_are_accumulated_as_the_launcher_says():
+    """DeepSpeed refuses to start where the two files differ."""
+    checked = 0
+    for path in REPOSITORY.glob("configs/*/*.yaml"):
+        launcher = re.search(r"configs/accelerate/zero\d\.yaml", path.read_text())
+        if launcher and path.parent.name != "accelerate":
+            said = yaml.safe_load((REPOSITORY / launcher[0]).read_text())["deepspeed_config"]
+            mine = yaml.safe_load(path.read_text())
+            assert mine.get("gradient_accumulation_steps", 1) == said["gradient_accumulation_steps"], path
+            checked += 1
+    assert checked > 5

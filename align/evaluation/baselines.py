@@ -77,11 +77,16 @@ class MostPopular:
         entries = catalog.of_architecture(base_model)
         if not entries:
             raise CatalogError(f"The catalogue has no model for {base_model}.")
-        self.call = max(entries, key=lambda entry: entry.stats.get("downloads", 0)).default_call()
+        self._ranked = sorted(entries, key=lambda entry: entry.stats.get("downloads", 0), reverse=True)
+        self.call = self._ranked[0].default_call()
 
     def answer(self, prompts: Sequence[str]) -> list[APICall]:
         """The same call for every prompt."""
         return [self.call] * len(prompts)
+
+    def ranked(self, prompts: Sequence[str], count: int) -> list[list[str]]:
+        """The `count` most downloaded versions, the same for every prompt."""
+        return [[entry.name for entry in self._ranked[:count]] for _ in prompts]
 
 
 class TfidfNeighbour:
@@ -117,6 +122,16 @@ class TfidfNeighbour:
             answers += [self.calls[i] for i in similarity.argmax(axis=1)]
         return answers
 
+    def ranked(self, prompts: Sequence[str], count: int) -> list[list[str]]:
+        """The `count` nearest models for each prompt; see `nearest_models`."""
+        if not len(prompts):
+            return []
+        models, queries, found = [call.model for call in self.calls], self.vectorizer.transform(prompts), []
+        for start in range(0, len(prompts), 256):
+            similarity = (queries[start : start + 256] @ self.matrix.T).toarray()
+            found += nearest_models(similarity, models, count)
+        return found
+
 
 class EmbeddingNeighbour:
     """The call of the training prompt whose sentence embedding is nearest (cosine).
@@ -147,5 +162,30 @@ class EmbeddingNeighbour:
         """Nearest neighbours; of equally near ones the first."""
         return [self.calls[i] for i in (self._embed(prompts) @ self.matrix.T).argmax(axis=1)]
 
+    def ranked(self, prompts: Sequence[str], count: int) -> list[list[str]]:
+        """The `count` nearest models for each prompt; see `nearest_models`."""
+        models, queries, found = [call.model for call in self.calls], self._embed(prompts), []
+        for start in range(0, len(prompts), 256):
+            found += nearest_models(queries[start : start + 256] @ self.matrix.T, models, count)
+        return found
+
     def _embed(self, prompts: Sequence[str]) -> np.ndarray[Any, Any]:
         return self.encoder.encode(list(prompts), batch_size=64, normalize_embeddings=True, show_progress_bar=True)
+
+
+def nearest_models(similarity: np.ndarray[Any, Any], models: Sequence[str], count: int) -> list[list[str]]:
+    """Models by the nearest of their training prompts; of equally near ones, the one that comes first in training.
+
+    Args:
+        similarity: Of each query to each training prompt. Shape (queries, prompts).
+        models: Of each training prompt.
+        count: Models for each query, or all if there are fewer.
+    """
+    names = list(dict.fromkeys(models))
+    number = {name: index for index, name in enumerate(names)}
+    of_prompt = np.array([number[name] for name in models])
+    order = np.argsort(of_prompt, kind="stable")
+    starts = np.searchsorted(of_prompt[order], np.arange(len(names)))
+    nearest = np.maximum.reduceat(similarity[:, order], starts, axis=1)
+    ranked = np.argsort(-nearest, axis=1, kind="stable")[:, :count]
+    return [[names[i] for i in row] for row in ranked]

@@ -1,48 +1,58 @@
-"""Step-wise evaluation of ChatGen agents on ChatGenBench (ChatGen Table 4, left half, and Table 7 by input type).
+"""ChatGen's Tables 4 to 7 on ChatGenBench: how good the plans of agents are step by step, and the pictures they make.
 
-    python -m align.evaluation.chatgen --config evaluate.yaml --dataset data/chatgenbench --output_dir runs/chatgen
+    python -m align.evaluation.chatgen --config configs/chatgen/tables.yaml --dataset data/chatgenbench \\
+        --output_dir runs/chatgen-tables --agents '{"Evo": {"policy": "runs/evo", "tokens": "runs/tokens"}}'
 
 with agents such as `{"Evo": {"policy": "runs/chatgen-evo", "tokens": "runs/chatgen-tokens"}, "Base": {"policy":
-"runs/base"}, "Baseline": {"policy": "models/any-chat-model", "rewrite": true}}`. Plans are kept as they are
-made; a run that was killed goes on where it was.
+"runs/base"}, "Baseline": {"policy": "models/any-chat-model", "rewrite": true}}`. Without `weights` nothing is drawn;
+`python -m align.evaluation.chatgen_draw` draws the plans later, on another machine if need be. `ablation: true` also
+asks for the plans of Table 6, each step with the ground truth of the other two.
+
+Writes table4, table5, table6, table7, selection and regret (.json, .md, .csv), table (step-wise, all metrics),
+per_plan.parquet, unified.json and plans-*.jsonl. Plans, pictures, scores and features are kept as they are made; a run
+that was killed goes on where it was. `python -m align.evaluation.chatgen_pool` pools several training seeds.
 """
 
 import json
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
-from align.agents.chatgen import BaseAgent, ChatGenAgent, EvoAgent
 from align.agents.plans import STEPS
-from align.agents.rewriting import RewritingAgent
-from align.chat_dialogue import ChatDialogue, ChatFormat
 from align.chats import load_chats
-from align.evaluation.answers import policy_identity
 from align.evaluation.bert_score import BertScorer
+from align.evaluation.chatgen_draw import ERRORS, DrawingConfig, finish
+from align.evaluation.chatgen_plans import GIVEN, KeptPlans, PlannerOptions, planning_seconds
+from align.evaluation.plan_costs import agent_costs
 from align.evaluation.plan_metrics import estimates, stepwise, to_markdown
+from align.evaluation.plan_regret import ANY_MODEL, DEFAULT
+from align.evaluation.plan_results import GROUND_TRUTH, About, PlanResults, result_row, save_results
+from align.evaluation.plan_selection import (
+    BASELINES,
+    DEFAULT_MODEL,
+    chosen_rows,
+    demonstrations_per_model,
+    make_choosers,
+)
 from align.pairs import DataError
 from align.trainers.model_token_config import ModelTokenError
-from rewards.checkpoints import CheckpointError
-from rewards.commandline import ConfigError, from_json, run_command, save_config
+from rewards.commandline import from_json, run_command, save_config
 from rewards.files import write_atomically
-from rollouts.catalog import Catalog, CatalogError
+from rollouts.catalog import Catalog
 from rollouts.dialogue import DialogueError
-from rollouts.policy import load_policy, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 MAX_BASELINE_TEXTS = 4000
+_TAKEN = (GROUND_TRUTH, DEFAULT, ANY_MODEL, DEFAULT_MODEL)
 
 
 @dataclass
 class ChatGenEvaluationConfig:
-    """Options of `python -m align.evaluation.chatgen`."""
+    """Options of `python -m align.evaluation.chatgen` beside those of the pictures."""
 
     dataset: str = field(metadata={"help": "ChatGenBench folder."})
     output_dir: str = field(metadata={"help": "Folder of the plans and tables."})
@@ -55,16 +65,28 @@ class ChatGenEvaluationConfig:
     )
     given: list[str] = field(
         default_factory=list,
-        metadata={"help": "Steps that are given instead of asked for: prompt, model, arguments (Table 6)."},
+        metadata={"help": "Steps that are given instead of asked for: prompt, model, arguments."},
     )
+    ablation: bool = field(default=False, metadata={"help": "Also plan for Table 6."})
     encoder: str = field(
         default="sentence-transformers/all-MiniLM-L6-v2",
-        metadata={"help": "Encoder of the prompts' BERTScore: a folder, or a name on the Hub."},
+        metadata={"help": "Encoder of the prompts' BERTScore and of `embedding`: a folder, or a name on the Hub."},
+    )
+    baselines: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"Choose models without a language model, any of: {', '.join(BASELINES)}."},
+    )
+    learn_from: str = field(
+        default="chat", metadata={"help": "Texts of training rows that tfidf and embedding look in: chat or prompt."}
+    )
+    architecture: str = field(default="SD 1.5", metadata={"help": "Of the default call."})
+    baseline_model: str | None = field(
+        default=None, metadata={"help": "Catalogue name of its model; none: the most downloaded checkpoint."}
     )
     max_rows: int | None = field(default=None, metadata={"help": "Test on so many rows only; none: all."})
     batch_size: int = field(default=8, metadata={"help": "Chats that are planned together."})
     dtype: str = field(default="auto", metadata={"help": "Of the policies."})
-    device: str | None = field(default=None, metadata={"help": "Of the policies; none: a GPU if there is one."})
+    device: str | None = field(default=None, metadata={"help": "Of policies and scorers; none: a GPU if there is one."})
 
     def __post_init__(self) -> None:
         self.agents = from_json("agents", self.agents or {}, dict)
@@ -75,105 +97,111 @@ class ChatGenEvaluationConfig:
                 raise ValueError(
                     f"`agents`: {name} must have `policy` and can have `tokens` or `rewrite`, but has {given}."
                 )
+            if name in _TAKEN:
+                raise ValueError(f"`agents`: {name!r} can't be the name of an agent; choose another.")
         if unknown := sorted(set(self.given) - set(STEPS)):
             raise ValueError(f"`given` may hold {', '.join(STEPS)}, but has {', '.join(unknown)}.")
+        if self.given and self.ablation:
+            raise ValueError("`ablation` gives the right steps by itself; leave `given` out.")
+        if unknown := sorted(set(self.baselines) - set(BASELINES)):
+            raise ValueError(f"`baselines` may hold {', '.join(BASELINES)}, but has {', '.join(unknown)}.")
+        if self.learn_from not in ("chat", "prompt"):
+            raise ValueError(f"`learn_from` must be chat or prompt, but is {self.learn_from!r}.")
 
 
-def main(config: ChatGenEvaluationConfig) -> dict[str, Any]:
-    """Plan, compare and write the tables; returns what table.json holds."""
-    output = Path(config.output_dir)
+def main(config: ChatGenEvaluationConfig, drawing: DrawingConfig | None = None) -> dict[str, Any]:
+    """Plan, compare, draw if there are `weights`, and write the tables.
+
+    Returns:
+        What the JSON files hold: `stepwise` (table.json), `table4`, ...
+    """
+    drawing = drawing or DrawingConfig()
+    output, catalog_path = Path(config.output_dir), Path(config.dataset) / "catalog.jsonl"
     data = load_chats(config.dataset)
-    rows = data["test"]
-    if config.max_rows is not None and config.max_rows < len(rows):
-        rows = rows.shuffle(seed=0, keep_in_memory=True).select(range(config.max_rows), keep_in_memory=True)
-    rows = list(rows)
-    catalog = Catalog.load(Path(config.dataset) / "catalog.jsonl")
+    rows = _test_rows(data["test"], config.max_rows)
+    catalog = Catalog.load(catalog_path)
+    default = catalog.default_call(config.architecture, config.baseline_model)
+    if drawing.weights is not None:
+        drawing.run_config(output, str(catalog_path), config.device)  # refused before hours of planning, not after
+    save_config(output / "config.yaml", config, drawing)
+    scorer = _prompt_scorer(config, data["train"])
+    shots = demonstrations_per_model(data["train"])
+
+    found, agents, results = {}, {}, []
+    stages: dict[str, Sequence[str]] = {"": config.given} | (GIVEN if config.ablation else {})
+    options = PlannerOptions(config.dataset, config.batch_size, config.dtype, config.device)
+    for number, (name, given) in enumerate(from_json("agents", config.agents, dict).items()):
+        planner = KeptPlans(name, given, catalog, options)
+        for stage, steps in stages.items():
+            path = output / (f"plans-{number}-{stage}.jsonl" if stage else f"plans-{number}.jsonl")
+            plans = planner.plan(rows, path, steps)
+            values = stepwise(plans, rows, scorer, catalog)
+            if not stage:
+                found[name] = estimates(values, rows)
+            results += [
+                result_row(
+                    row, shots[row["model"]], stage=stage, method=name, plan=plan, seconds=planning_seconds(plan),
+                    steps={metric: of_rows[i] for metric, of_rows in values.items()},
+                )
+                for i, (row, plan) in enumerate(zip(rows, plans, strict=True))
+            ]  # fmt: skip
+        planner.unload()
+        known = {"devices": sorted(planner.devices), "batch_size": config.batch_size}
+        agents[name] = {**given, **agent_costs(given), **known}
+    results += [result_row(row, shots[row["model"]], stage="", method=GROUND_TRUTH, plan=_truth(row)) for row in rows]
+    choosers = []
+    for chooser in make_choosers(
+        config.baselines, data["train"] if config.baselines else [], catalog, default, encoder=config.encoder,
+        learn_from=config.learn_from,
+    ):  # fmt: skip
+        choosers.append(chooser.name)
+        results += chosen_rows(chooser, rows, shots, catalog)
+
+    stepwise_report = _write_stepwise(output, found)
+    run = output.resolve().name or "run"
+    metrics = sorted({metric for row in results for metric in row["steps"]})
+    about = About([run], agents, choosers, list(stages), metrics, default_call=default.to_dict())
+    planned = PlanResults(about, [row | {"run": run} for row in results])
+    save_results(output, planned)  # before anything is drawn: that may be done elsewhere
+    tables = finish(planned, drawing, output, str(catalog_path), config.device)
+    logger.info("%s", (output / "table4.md").read_text())
+    return {"stepwise": stepwise_report, **tables}
+
+
+def _test_rows(rows: Any, count: int | None) -> list[dict[str, Any]]:
+    if count is not None and count < len(rows):
+        rows = rows.shuffle(seed=0, keep_in_memory=True).select(range(count), keep_in_memory=True)
+    if not len(rows):
+        raise DataError("The split test has no rows.")
+    return list(rows)
+
+
+def _prompt_scorer(config: ChatGenEvaluationConfig, train: Any) -> BertScorer:
+    """BERTScore with a baseline of unrelated prompts of the training split."""
     scorer = BertScorer.from_pretrained(config.encoder, device=config.device)
     # Drawn, since neighbours in the alphabet begin alike and are no unrelated pairs.
-    prompts = sorted(set(data["train"]["prompt"]))
+    prompts = sorted(set(train["prompt"]))
     scorer.baseline = scorer.fit_baseline(random.Random(0).sample(prompts, min(MAX_BASELINE_TEXTS, len(prompts))))
-    save_config(output / "config.yaml", config)
-    found = {}
-    for name, given in from_json("agents", config.agents, dict).items():
-        plans = plan_rows(name, given, rows, catalog, config)
-        found[name] = estimates(stepwise(plans, rows, scorer, catalog), rows)
+    return scorer
+
+
+def _truth(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The human-validated record as a plan."""
+    plan = {name: row[name] for name in ("prompt", "negative_prompt", "model")}
+    return plan | {"arguments": dict(row["arguments"]), "trail": []}
+
+
+def _write_stepwise(output: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     report = {
         name: {group: {metric: e._asdict() for metric, e in metrics.items()} for group, metrics in groups.items()}
         for name, groups in found.items()
     }
     write_atomically(output / "table.json", json.dumps(report, indent=1).encode())
     write_atomically(output / "table.md", to_markdown(found).encode())
-    logger.info("%s", output / "table.md")
     return report
 
 
-def plan_rows(
-    name: str, given: Mapping[str, Any], rows: list[dict[str, Any]], catalog: Catalog, config: ChatGenEvaluationConfig
-) -> list[dict[str, Any]]:
-    """A plan for each row, from the file of an earlier run as far as that goes.
-
-    Raises:
-        ConfigError: The file is of another agent or of other options.
-    """
-    number = list(from_json("agents", config.agents, dict)).index(name)
-    path = Path(config.output_dir) / f"plans-{number}.jsonl"
-    # Trained further, a policy is another one.
-    identities = {part: policy_identity(str(value)) for part, value in given.items()}
-    origin = {"agent": identities, "given": config.given}
-    plans = _read_plans(path, origin)
-    missing = [row for row in rows if row["id"] not in plans]
-    if missing:
-        agent = load_agent(given, catalog, config)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            for start in tqdm(range(0, len(missing), config.batch_size), desc=name, unit="batch", disable=None):
-                some = missing[start : start + config.batch_size]
-                truths = [{step: row[step] for step in config.given} for row in some]
-                own = [row["source"]["demonstration"] for row in some]
-                for row, plan in zip(some, agent.plans([r["messages"] for r in some], truths, own), strict=True):
-                    plans[row["id"]] = plan.to_dict()
-                    line = {"id": row["id"], "origin": origin, "plan": plan.to_dict()}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
-    return [plans[row["id"]] for row in rows]
-
-
-def load_agent(given: Mapping[str, Any], catalog: Catalog, config: ChatGenEvaluationConfig) -> ChatGenAgent:
-    """Evo if there are model tokens, the one without fine-tuning if it is to rewrite, else Base."""
-    if "tokens" in given:
-        options: dict[str, Any] = {"dataset": config.dataset, "dtype": config.dtype, "device": config.device}
-        agent: ChatGenAgent = EvoAgent.from_pretrained(given["policy"], given["tokens"], **options)
-    else:
-        policy = load_policy(given["policy"], dtype=config.dtype)
-        policy.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dialogue = ChatDialogue(load_tokenizer(given["policy"]), ChatFormat.load(given["policy"]))
-        if given.get("rewrite"):
-            agent = RewritingAgent(policy.eval(), dialogue, catalog, load_chats(config.dataset)["train"])
-        else:
-            agent = BaseAgent(policy.eval(), dialogue, catalog)
-    agent.batch_size = config.batch_size
-    return agent
-
-
-def _read_plans(path: Path, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Plans by row; a line that a kill cut short is dropped."""
-    if not path.is_file():
-        return {}
-    lines = path.read_bytes().split(b"\n")
-    if lines[-1]:
-        write_atomically(path, b"".join(line + b"\n" for line in lines[:-1]))
-    plans = {}
-    for line in filter(None, lines[:-1]):
-        entry = json.loads(line)
-        if entry["origin"] != origin:
-            raise ConfigError(
-                f"{path} holds plans of {entry['origin']}, not of {dict(origin)}: name another `output_dir` or "
-                "delete it."
-            )
-        plans[entry["id"]] = entry["plan"]
-    return plans
-
-
 if __name__ == "__main__":
-    errors = (DataError, CatalogError, DialogueError, CheckpointError, ModelTokenError)
-    run_command(main, ChatGenEvaluationConfig, errors=errors)
+    run_command(
+        main, ChatGenEvaluationConfig, DrawingConfig, errors=(DataError, DialogueError, ModelTokenError, *ERRORS)
+    )

@@ -10,6 +10,7 @@ from rollouts.api import PARAMETER_INFORMATION
 from rollouts.catalog import Catalog, Judged
 
 RESAMPLES = 2000
+_DRAWN_AT_ONCE = 1_000_000
 
 
 class Estimate(NamedTuple):
@@ -31,7 +32,9 @@ def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMP
     if data.size == 0:
         raise ValueError("A mean of no values does not exist.")
     rng = np.random.default_rng(seed)
-    means = np.array([data[rng.integers(0, data.size, data.size)].mean() for _ in range(resamples)])
+    at_once = max(1, _DRAWN_AT_ONCE // data.size)
+    counts = [min(at_once, resamples - start) for start in range(0, resamples, at_once)]
+    means = np.concatenate([data[rng.integers(0, data.size, (count, data.size))].mean(1) for count in counts])
     low, high = np.quantile(means, [0.025, 0.975])
     return Estimate(float(data.mean()), float(low), float(high), int(data.size))
 

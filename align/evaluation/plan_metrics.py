@@ -45,7 +45,7 @@ def stepwise(
         values.setdefault("model", []).append(float(same))
         known = [name for name in ARGUMENTS if row["arguments"][name] is not None]
         right = {name: float(plan["arguments"].get(name) == row["arguments"][name]) for name in known}
-        values.setdefault("arguments", []).append(sum(right.values()) / len(right))
+        values.setdefault("arguments", []).append(sum(right.values()) / len(right) if right else float("nan"))
         for name in ARGUMENTS:
             values.setdefault(f"arguments/{name}", []).append(right.get(name, float("nan")))
     return values

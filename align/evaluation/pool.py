@@ -72,7 +72,7 @@ def pool(folders: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
             theirs, ours = _drawn(getattr(other.about, name)), _drawn(getattr(first, name))
             if theirs != ours:
                 raise ComparisonError(f"{path} can't be pooled with {paths[0]}: `{name}` is {theirs} and {ours}.")
-    names = _names(paths)
+    names = run_names(paths)
     rows = [row | {"run": name} for name, of in zip(names, comparisons, strict=True) for row in of.rows]
     agents = {agent: ", ".join(dict.fromkeys(c.about.agents[agent] for c in comparisons)) for agent in first.agents}
     return write_tables(output, Comparison(replace(first, runs=names, agents=agents), rows))
@@ -83,7 +83,7 @@ def _drawn(value: Any) -> Any:
     return {k: v for k, v in value.items() if k != "model description"} if isinstance(value, dict) else value
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
+def run_names(paths: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths, all of one depth, that tell them apart."""
     depth = next(n for n in range(1, 1000) if len({path.parts[-n:] for path in paths}) == len(paths))
     return ["/".join(path.parts[-depth:]) for path in paths]

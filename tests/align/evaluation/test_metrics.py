@@ -41,6 +41,14 @@ def good(**changes):
     return Judged(APICall.from_dict(api(**changes)), None)
 
 
+@pytest.mark.parametrize("n", [1, 2, 30, 1501])
+def test_interval_against_a_loop(n):
+    data = np.random.default_rng(n).normal(size=n)
+    rng = np.random.default_rng(0)
+    means = [data[rng.integers(0, n, n)].mean() for _ in range(2000)]
+    assert bootstrap(data.tolist()) == (data.mean(), *np.quantile(means, [0.025, 0.975]), n)
+
+
 @pytest.mark.parametrize(("ones", "n"), [(120, 400), (500, 1000), (20, 1000)])
 def test_interval_of_a_share_against_the_normal_approximation(ones, n):
     """mean +- 1.96 sqrt(p (1 - p) / n); the quantiles of 2,000 resamples are good to a few per cent of its width."""
