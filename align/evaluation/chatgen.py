@@ -19,8 +19,9 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from align.agents.chatgen import Arguments
 from align.agents.plans import STEPS
 from align.chats import load_chats
 from align.evaluation.bert_score import BertScorer
@@ -59,8 +60,8 @@ class ChatGenEvaluationConfig:
     agents: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Name -> {policy, tokens} (Evo), {policy} (Base), or {policy, rewrite: true} (no fine-tuning); "
-            "JSON on a command line."
+            "help": "Name -> {policy, tokens} (Evo; with `arguments: usual` those of its examples), {policy} (Base), "
+            "or {policy, rewrite: true} (no fine-tuning); JSON on a command line."
         },
     )
     given: list[str] = field(
@@ -93,9 +94,15 @@ class ChatGenEvaluationConfig:
         if not self.agents:
             raise ValueError("`agents` is empty; name one, such as {Evo: {policy: runs/evo, tokens: runs/tokens}}.")
         for name, given in self.agents.items():
-            if not isinstance(given, dict) or "policy" not in given or set(given) - {"policy", "tokens", "rewrite"}:
+            known = {"policy", "tokens", "rewrite", "arguments"}
+            if not isinstance(given, dict) or "policy" not in given or set(given) - known:
                 raise ValueError(
-                    f"`agents`: {name} must have `policy` and can have `tokens` or `rewrite`, but has {given}."
+                    f"`agents`: {name} must have `policy` and can have `tokens`, `arguments` or `rewrite`, but has "
+                    f"{given}."
+                )
+            if given.get("arguments", "written") not in get_args(Arguments):
+                raise ValueError(
+                    f"`agents`: `arguments` of {name} must be written or usual, but is {given['arguments']!r}."
                 )
             if name in _TAKEN:
                 raise ValueError(f"`agents`: {name!r} can't be the name of an agent; choose another.")

@@ -42,7 +42,7 @@ class KeptPlans:
 
     Args:
         name: Of the agent, for messages and progress bars.
-        given: Its options: `policy`, and `tokens` or `rewrite`.
+        given: Its options: `policy`, and `tokens` (with `arguments`, if not written) or `rewrite`.
         catalog: The models.
         options: How it is loaded.
         devices: Where its plans were made; filled by `plan`.
@@ -99,8 +99,9 @@ def load_agent(given: Mapping[str, Any], catalog: Catalog, options: PlannerOptio
     """Evo if there are model tokens, the one without fine-tuning if it is to rewrite, else Base."""
     if "tokens" in given:
         agent: ChatGenAgent = EvoAgent.from_pretrained(
-            given["policy"], given["tokens"], dataset=options.dataset, dtype=options.dtype, device=options.device
-        )
+            given["policy"], given["tokens"], dataset=options.dataset, dtype=options.dtype, device=options.device,
+            arguments=given.get("arguments", "written"),
+        )  # fmt: skip
     else:
         written = load_chat_policy(given["policy"], options.dataset, options.dtype, options.device)
         if given.get("rewrite"):

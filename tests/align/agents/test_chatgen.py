@@ -7,7 +7,7 @@ import torch
 
 from align.agents.chatgen import BaseAgent, EvoAgent
 from align.agents.plans import Plan
-from align.agents.shown_examples import ShownExamples, usual
+from align.agents.shown_examples import Shown, ShownExamples, usual, usual_arguments
 from align.bench.chatgen.schema import image_part, message, text_part
 from align.chat_dialogue import ChatDialogue, ChatFormat
 from align.chats import load_chats
@@ -121,6 +121,25 @@ def test_examples_that_do_not_fit_are_left_out_the_least_similar_first(make):
     texts = [a.dialogue.tokenizer.decode(a._request(entry, prompt, shown)) for a in (roomy, tight)]
     counts = [text.count("Settings: {") for text in texts]
     assert counts[0] == 5 > counts[1] >= 1 and shown[-1].prompt in texts[1]
+
+
+def test_samplers_are_those_of_demonstrations(agent):
+    # An untrained policy would else take any of some 60.
+    assert agent.examples.samplers == {"Euler a"}
+    plans = agent.plans([CHATS["plain"], CHATS["history"], CHATS["unicode"]])
+    assert {plan.arguments["sampler"] for plan in plans} == {"Euler a"}
+
+
+def test_usual_arguments_are_the_most_frequent_ones_of_the_examples(make, chat_bench):
+    agent = make(arguments="usual")
+    plan = agent.plan(CHATS["plain"], {"model": "Owl Painter - v2"})
+    row = next(row for row in load_chats(chat_bench)["train"] if row["model"] == "Owl Painter - v2")
+    assert plan.arguments == row["arguments"] and plan.arguments["steps"] == 22
+    assert plan.negative_prompt == "blurry" and plan.trail[2].notes == ()
+    shown = [Shown(str(n), "p", "", {"steps": steps, "clip_skip": None}) for n, steps in enumerate((9, 30, 30, 9, 5))]
+    assert usual_arguments(shown)["steps"] == 9 and usual_arguments(shown)["clip_skip"] is None
+    with pytest.raises(ValueError, match="`arguments` must be one of written, usual, but is 'guessed'"):
+        make(arguments="guessed")
 
 
 def test_only_the_training_split_is_shown(chat_bench):

@@ -146,6 +146,7 @@ def min_and_max(folder):
     [
         ({"agents": {}}, "`agents` is empty"),
         ({"agents": {"a": {"tokens": "x"}}}, "a must have `policy`"),
+        ({"agents": {"a": {"policy": "p", "tokens": "x", "arguments": "all"}}}, "written or usual, but is 'all'"),
         ({"agents": {"a": {"policy": "x", "toks": "y"}}}, "can have `tokens`"),
         ({"agents": {"ground truth": {"policy": "x"}}}, "'ground truth' can't be the name of an agent"),
         ({"given": ["prompt"], "ablation": True}, "`ablation` gives the right steps by itself"),
