@@ -23,19 +23,17 @@ def prepare_cpu_deepspeed(training: TrainingArguments) -> None:
 
 
 @contextmanager
-def without_deepspeed(training: TrainingArguments) -> Generator[None]:
+def without_deepspeed() -> Generator[None]:
     """Load models whole in here, although DeepSpeed is configured: under ZeRO-3 transformers would load pieces."""
-    plugin = getattr(training, "deepspeed_plugin", None)
-    if plugin is None:
-        yield
-        return
-    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+    from transformers.integrations import deepspeed
 
-    unset_hf_deepspeed_config()
+    # Whoever configured it, a launcher or the options: there is no function that tells.
+    configured = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        set_hf_deepspeed_config(training.hf_deepspeed_config)
+        deepspeed._hf_deepspeed_config_weak_ref = configured
 
 
 def on_first_process(work: Callable[[], None]) -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
 
 from align.distributed import on_first_process, without_deepspeed
 from rewards.commandline import ConfigError, check_nested
@@ -67,18 +66,17 @@ class RolloutStage:
         self._candidates("policy", Path("folder"))
         self._render(Path("folder"))
 
-    def run(self, policy: str, folder: Path, training: TrainingArguments) -> Path:
+    def run(self, policy: str, folder: Path) -> Path:
         """Propose, draw and score; every process must call this.
 
         Args:
             policy: Folder or Hub id of the policy.
             folder: For everything that is made.
-            training: Says which process this is.
 
         Returns:
             The scored table.
         """
-        with without_deepspeed(training):
+        with without_deepspeed():
             propose(self._candidates(policy, folder))
         table = folder / "rollout" / SCORED_FILE
         source = json.dumps({"candidates": _digest(folder / CANDIDATES_FILE), "render": dict(self.render)}, indent=1)

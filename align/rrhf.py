@@ -119,7 +119,7 @@ def main(args: RRHFArguments, training: RRHFConfig, model_args: ModelConfig) -> 
         own = _options_of_round(args, training, number, output if last else folder)
         source = Path(args.dataset)
         if stage is not None:
-            source = stage.run(policy, folder, training)
+            source = stage.run(policy, folder)
         trained = Path(str(own.output_dir))
         if (trained / DONE_FILE).is_file() and args.auto_resume:
             logger.info("round %d: %s is trained already", number + 1, trained)

@@ -168,7 +168,7 @@ def main(args: SFTArguments, training: SFTConfig, model_args: ModelConfig, scrat
     }
     save_policy(trainer, dialogue, output, merge_lora=args.merge_lora)
     if trainer.is_world_process_zero():
-        with without_deepspeed(training):
+        with without_deepspeed():
             task.finish(output)
         write_model_card(output, title=task.title, command=_command(), facts=facts, metrics=metrics)
         if training.push_to_hub:
