@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 from align.distributed import on_first_process, without_deepspeed
 from rewards.commandline import ConfigError, check_nested
 from rewards.files import write_atomically
