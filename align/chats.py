@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 Target = Literal["prompt", "plan"]
 Unreadable = Literal["error", "text"]
+SHOT_GROUPS = {"0": 0, "1": 1, "2": 2, "3-5": 5, "6+": 10**9}
+"""Models by how many demonstrations there are to learn from: name -> at most so many."""
 REQUIRED_SPLITS = ("train", "test")
 REQUIRED_COLUMNS = ("id", "messages", "prompt", "negative_prompt", "model", "arguments", "source")
 
@@ -55,6 +58,17 @@ def split_validation(rows: Any, share: float = 0.05) -> tuple[Any, Any]:
     chosen = [[i for i, side in enumerate(sides) if side is wanted] for wanted in (False, True)]
     train, validation = (rows.select(indices, keep_in_memory=True) for indices in chosen)
     return train, validation
+
+
+def demonstrations_per_model(rows: Any) -> Counter[str]:
+    """Demonstrations of each model, however many chats each has."""
+    pairs = {(model, source["demonstration"]) for model, source in zip(rows["model"], rows["source"], strict=True)}
+    return Counter(model for model, _ in pairs)
+
+
+def shot_group(shots: int) -> str:
+    """Which of `SHOT_GROUPS` a number of demonstrations is in."""
+    return next(name for name, most in SHOT_GROUPS.items() if shots <= most)
 
 
 def plan_text(row: Mapping[str, Any]) -> str:

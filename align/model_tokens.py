@@ -21,7 +21,15 @@ from typing import Any
 import torch
 
 from align.chat_dialogue import ChatDialogue
-from align.chats import Unreadable, check_pictures, load_chats, pictures_folder, split_validation
+from align.chats import (
+    Unreadable,
+    check_pictures,
+    demonstrations_per_model,
+    load_chats,
+    pictures_folder,
+    shot_group,
+    split_validation,
+)
 from align.pairs import DataError
 from align.picture_dialogue import PictureDialogue, load_dialogue
 from align.run_directory import write_model_card
@@ -93,7 +101,7 @@ def main(args: ModelTokenArguments, config: ModelTokenConfig) -> dict[str, Any]:
     save_config(output / "config.yaml", args, config)
     tokens = trainer.train()
 
-    shots = Counter({row["model"]: 0 for row in test}) | _demonstrations(train)
+    shots = Counter({row["model"]: 0 for row in test}) | demonstrations_per_model(train)
     metrics = selection_accuracy(trainer, tokens, test, dialogue, args.max_length, shots, args.unreadable_pictures)
     write_atomically(output / "selection.json", json.dumps(metrics, indent=1).encode())
     facts = {"policy": args.model_name_or_path, "models": f"{len(names):,}", "chats": f"{len(train):,}"}
@@ -203,7 +211,7 @@ def selection_accuracy(
     groups: dict[str, list[int | None]] = {"all": [line["rank"] for line in lines]}
     for key in ("setting", "input_type", "shots"):
         for line in lines:
-            value = _shot_group(line["shots"]) if key == "shots" else line[key]
+            value = shot_group(line["shots"]) if key == "shots" else line[key]
             groups.setdefault(f"{key}={value}", []).append(line["rank"])
     return {name: _accuracies(found) for name, found in groups.items()}
 
@@ -212,10 +220,6 @@ def _accuracies(ranks: Sequence[int | None]) -> dict[str, float]:
     count = max(1, len(ranks))
     hits = [sum(rank is not None and rank < k for rank in ranks) / count for k in (1, 5)]
     return {"n": len(ranks), "top1": hits[0], "top5": hits[1]}
-
-
-def _shot_group(shots: int) -> str:
-    return next(name for most, name in ((0, "0"), (1, "1"), (2, "2"), (5, "3-5"), (10**9, "6+")) if shots <= most)
 
 
 def _some_chats(rows: Any, count: int | None) -> Any:
@@ -236,11 +240,6 @@ def _first(rows: Any, count: int | None) -> Any:
     if count is None or count >= len(rows):
         return rows
     return rows.shuffle(seed=0, keep_in_memory=True).select(range(count), keep_in_memory=True)
-
-
-def _demonstrations(rows: Any) -> Counter[str]:
-    pairs = {(model, source["demonstration"]) for model, source in zip(rows["model"], rows["source"], strict=True)}
-    return Counter(model for model, _ in pairs)
 
 
 def _descriptions(args: ModelTokenArguments, names: Sequence[str]) -> list[str]:

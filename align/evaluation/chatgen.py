@@ -23,7 +23,7 @@ from typing import Any, get_args
 
 from align.agents.chatgen import Arguments
 from align.agents.plans import STEPS
-from align.chats import load_chats
+from align.chats import demonstrations_per_model, load_chats
 from align.evaluation.bert_score import BertScorer
 from align.evaluation.chatgen_draw import ERRORS, DrawingConfig, finish
 from align.evaluation.chatgen_plans import GIVEN, KeptPlans, PlannerOptions, planning_seconds
@@ -31,13 +31,7 @@ from align.evaluation.plan_costs import agent_costs
 from align.evaluation.plan_metrics import estimates, stepwise, to_markdown
 from align.evaluation.plan_regret import ANY_MODEL, DEFAULT
 from align.evaluation.plan_results import GROUND_TRUTH, About, PlanResults, result_row, save_results
-from align.evaluation.plan_selection import (
-    BASELINES,
-    DEFAULT_MODEL,
-    chosen_rows,
-    demonstrations_per_model,
-    make_choosers,
-)
+from align.evaluation.plan_selection import BASELINES, DEFAULT_MODEL, chosen_rows, make_choosers
 from align.pairs import DataError
 from align.trainers.model_token_config import ModelTokenError
 from rewards.commandline import from_json, run_command, save_config

@@ -117,12 +117,7 @@ def read_run(
         ModelTokenError: Its caches can't be read.
     """
     folder = Path(config.tokens)
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"`tokens` {folder} has no config.yaml; give an output folder of align/model_tokens.py.")
-    options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    arguments = _options(ModelTokenArguments, options | {"dataset": config.dataset})
-    training = _options(ModelTokenConfig, options)
+    arguments, training = training_options(folder, config.dataset)
     names = sorted(ModelTokens.load(folder).names)
     train, validation, test = chosen_rows(load_chats(config.dataset), arguments)
     known = set(names)
@@ -138,6 +133,19 @@ def read_run(
             raise ConfigError(f"{cache.folder} does not hold the {what} chats of `dataset` {config.dataset}.")
     found = [_examples(cache, of) for cache, of in zip(caches, (rows, test), strict=True)]
     return names, training, found[0], torch.arange(len(train)), found[1], caches[0].transform
+
+
+def training_options(folder: str | Path, dataset: str) -> tuple[ModelTokenArguments, ModelTokenConfig]:
+    """How a run of align/model_tokens.py was made, from what it saved, with the data set where it is now.
+
+    Raises:
+        ConfigError: The folder has no such run.
+    """
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"`tokens` {folder} has no config.yaml; give an output folder of align/model_tokens.py.")
+    options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return _options(ModelTokenArguments, options | {"dataset": dataset}), _options(ModelTokenConfig, options)
 
 
 def hold_back(train: Examples, learned: Tensor, test: Examples, config: HeldBackConfig) -> list[int]:

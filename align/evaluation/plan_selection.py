@@ -1,6 +1,5 @@
 """Choosing a model without a language model: what the agents of ChatGen have to beat at their second step."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -90,14 +89,3 @@ def chosen_rows(
         plan = {"model": names[0]}
         found.append(result_row(row, shots[row["model"]], stage="", method=chooser.name, plan=plan, steps=steps))
     return found
-
-
-def demonstrations_per_model(train: Any) -> Counter[str]:
-    """Demonstrations of each model in the training split, however many chats each has."""
-    pairs = {(model, source["demonstration"]) for model, source in zip(train["model"], train["source"], strict=True)}
-    return Counter(model for model, _ in pairs)
-
-
-def shot_group(shots: int) -> str:
-    """Of a number of training demonstrations: 0, 1, 2, 3-5 or 6+, as `align/model_tokens.py` has them."""
-    return next(name for most, name in ((0, "0"), (1, "1"), (2, "2"), (5, "3-5"), (10**9, "6+")) if shots <= most)

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from align.chats import SHOT_GROUPS, shot_group
 from align.evaluation.metrics import bootstrap_runs
 from align.evaluation.picture_features import read_features
 from align.evaluation.picture_sets import FID, PAPER, UNIFIED, PictureSet, run_values, set_estimates
 from align.evaluation.plan_metrics import METRICS
 from align.evaluation.plan_regret import ANY_MODEL, DEFAULT
 from align.evaluation.plan_results import BASELINE, GROUND_TRUTH, NOBODY, PlanResults
-from align.evaluation.plan_selection import shot_group
 from align.evaluation.plan_table_files import write_table
 from rewards.commandline import ConfigError
 from rewards.unified import UnifiedMetric
@@ -31,7 +31,6 @@ STEP_SCORE = {"prompt": "prompt", "model": "version", "arguments": "arguments"}
 """Steps of Table 6 -> what they are measured by."""
 _SETTINGS = ("supervised", "few_shot")
 _INPUT_TYPES = ("single", "multimodal", "history")
-_SHOTS = ("0", "1", "2", "3-5", "6+")
 _CHOICE = ("version", "version_top5", "model")
 
 Row = Mapping[str, Any]
@@ -172,7 +171,7 @@ def table5(results: PlanResults) -> dict[str, Any]:
 def selection_table(results: PlanResults) -> dict[str, Any]:
     """How often the right model was chosen, by the number of its demonstrations in the training split."""
     about, rows = results.about, []
-    groups = [Group("", ALL), *_groups(results, "shots", _SHOTS)]
+    groups = [Group("", ALL), *_groups(results, "shots", tuple(SHOT_GROUPS))]
     for method in (*about.agents, *about.choosers):
         of = results.of("", method)
         for group in groups:

@@ -5,7 +5,14 @@ import json
 import pytest
 
 from align.chat_dialogue import ChatDialogue
-from align.chats import encode_chats, load_chats, plan_text, split_validation
+from align.chats import (
+    demonstrations_per_model,
+    encode_chats,
+    load_chats,
+    plan_text,
+    shot_group,
+    split_validation,
+)
 from align.pairs import DataError
 from align.scratch import train_bpe_tokenizer
 
@@ -69,3 +76,16 @@ def test_folders_without_chats_are_named(tmp_path, rows):
     DatasetDict(train=less, test=less).save_to_disk(str(tmp_path / "two"))
     with pytest.raises(DataError, match=r"split train: the columns \['prompt', 'source'\] are missing"):
         load_chats(tmp_path / "two")
+
+
+def test_demonstrations_count_once_however_many_chats_they_have():
+    from datasets import Dataset
+
+    rows = Dataset.from_list(
+        [{"model": m, "source": {"demonstration": d}} for m, d in (("A", "1"), ("A", "1"), ("A", "2"), ("B", "3"))]
+    )
+    assert demonstrations_per_model(rows) == {"A": 2, "B": 1}
+
+
+def test_groups_by_demonstrations():
+    assert [shot_group(n) for n in (0, 1, 2, 3, 5, 6, 1000)] == ["0", "1", "2", "3-5", "3-5", "6+", "6+"]

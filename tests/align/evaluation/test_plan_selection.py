@@ -2,18 +2,11 @@
 
 from collections import Counter
 
-import datasets
 import pytest
 
 from align.bench.chatgen.schema import chat_text
-from align.chats import load_chats
-from align.evaluation.plan_selection import (
-    chosen_rows,
-    demonstrations_per_model,
-    make_choosers,
-    shot_group,
-)
-from align.model_tokens import _shot_group
+from align.chats import demonstrations_per_model, load_chats
+from align.evaluation.plan_selection import chosen_rows, make_choosers
 from align.pairs import DataError
 from rollouts.catalog import Catalog
 
@@ -84,15 +77,3 @@ def test_no_neighbours(catalog):
     with pytest.raises(DataError, match="No training row's model is in the catalogue"):
         list(make_choosers(["tfidf"], rows, catalog, default, encoder=""))
     assert [c.name for c in make_choosers(["default"], rows, catalog, default, encoder="")] == ["default model"]
-
-
-def test_demonstrations_count_once_however_many_chats_they_have():
-    rows = datasets.Dataset.from_list(
-        [{"model": m, "source": {"demonstration": d}} for m, d in (("A", "1"), ("A", "1"), ("A", "2"), ("B", "3"))]
-    )
-    assert demonstrations_per_model(rows) == {"A": 2, "B": 1}
-
-
-def test_groups_are_those_of_model_tokens():
-    assert [shot_group(n) for n in (0, 1, 2, 3, 5, 6, 1000)] == ["0", "1", "2", "3-5", "3-5", "6+", "6+"]
-    assert all(shot_group(n) == _shot_group(n) for n in range(20))
