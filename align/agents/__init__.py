@@ -6,7 +6,8 @@ agent = DiffAgent.from_pretrained("runs/rrhf", catalog="data/dabench/catalog.jso
 agent.call(["a cute corgi, pixel art"])
 """
 
-from align.agents.chatgen import BaseAgent, ChatGenAgent, EvoAgent
+from align.agents.chatgen import ChatGenAgent, EvoAgent
+from align.agents.chatgen_base import BaseAgent
 from align.agents.diffagent import Alternative, Answer, DiffAgent
 from align.agents.filters import CallFilter, FilterError
 from align.agents.plans import Plan

@@ -7,7 +7,6 @@
 Whatever the chat says and whatever a policy writes, a plan names a model of the catalogue and arguments that it takes.
 """
 
-import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -89,6 +88,15 @@ class ChatGenAgent(ABC):
             some = slice(start, start + self.batch_size)
             found += self._plan_together(open_chats(self.dialogue, chats[some]), truths[some], without[some])
         return found
+
+    def replanned(self, plan: Mapping[str, Any], truth: Truth) -> Plan | None:
+        """The plan that `plan` would be with ground truth for some steps; None if the policy has to be asked.
+
+        Args:
+            plan: `Plan.to_dict()` of the chat, made without any.
+            truth: See `plans`.
+        """
+        return None
 
     @abstractmethod
     def _plan_together(
@@ -292,90 +300,3 @@ class EvoAgent(ChatGenAgent):
             constraint = CallConstraint.of_models(self.dialogue, [entry], limits=limits, tokens=self._bytes)
             self._constraints[entry.name] = constraint
         return self._constraints[entry.name]
-
-
-class BaseAgent(ChatGenAgent):
-    """ChatGen-Base: one policy writes everything at once; what is no valid plan is put right and noted.
-
-    Args:
-        policy: Trained with `learn: plan`, in evaluation mode.
-        dialogue: Its format.
-        catalog: Models that may be chosen.
-        base_model: Architecture whose default model stands in for one that is not in the catalogue.
-        max_tokens: Of a chat.
-        max_plan_tokens: Longest plan that is written.
-    """
-
-    def __init__(
-        self,
-        policy: Any,
-        dialogue: ChatDialogue,
-        catalog: Catalog,
-        *,
-        base_model: str = "SD 1.5",
-        max_tokens: int = 1024,
-        max_plan_tokens: int = 400,
-    ) -> None:
-        self.policy, self.dialogue, self.catalog = policy, dialogue, catalog
-        self.max_tokens, self.max_plan_tokens = max_tokens, max_plan_tokens
-        self._default = catalog.default_call(base_model)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        policy: str | Path,
-        *,
-        dataset: str | Path,
-        catalog: str | Path | None = None,
-        dtype: str = "auto",
-        device: str | None = None,
-        **options: Any,
-    ) -> "BaseAgent":
-        """Load the policy; the catalogue and pictures of chats are the data set's."""
-        models = Catalog.load(Path(catalog) if catalog else Path(dataset) / "catalog.jsonl")
-        return cls(*load_chat_policy(policy, dataset, dtype, device), models, **options)
-
-    def _plan_together(
-        self, chats: Sequence[OpenChat], truths: Sequence[Truth], without: Sequence[str | None]
-    ) -> list[Plan]:
-        """Truths replace what was written, as everything is written at once."""
-        answers = self._ask(chats, self.dialogue.chat_form.planning_task, self.max_plan_tokens)
-        return [
-            self._read(answer.text, chat.said, truth, answer.seconds, answer.notes)
-            for answer, chat, truth in zip(answers, chats, truths, strict=True)
-        ]
-
-    def _read(self, text: str, said: str, truth: Truth, seconds: float, of_chat: Sequence[str] = ()) -> Plan:
-        """A valid plan of what the policy wrote, each part by itself."""
-        try:
-            written = json.loads(text)
-        except (ValueError, RecursionError):
-            written = None
-        notes = [*of_chat] + ([] if isinstance(written, dict) else ["not_json"])
-        given: dict[str, Any] = (written if isinstance(written, dict) else {}) | dict(truth)
-        prompt = given.get("prompt")
-        if not isinstance(prompt, str) or not prompt.strip():
-            prompt = said or "a picture"
-            notes.append("no_prompt: the user's words instead")
-        negative = given.get("negative_prompt")
-        model, model_notes = given.get("model"), []
-        if not isinstance(model, str) or model not in self.catalog:
-            model_notes = ["unknown_model: the default one instead"]
-        name = self._default.model if model_notes else str(model)
-        wanted = given.get("arguments")
-        wanted = wanted if isinstance(wanted, dict) else {}
-        arguments = call_arguments(plan_call(name, wanted, self.catalog), _clip_skip(wanted.get("clip_skip")))
-        replaced = [
-            key for key in ("sampler", "steps", "cfg_scale", "width", "height") if wanted.get(key) != arguments[key]
-        ]
-        argument_notes = [f"{key}: the model's default instead" for key in replaced]
-        trail = (
-            Step("prompt", given.get("prompt"), tuple(notes), seconds),
-            Step("model", [model], tuple(model_notes)),
-            Step("arguments", wanted, tuple(argument_notes)),
-        )
-        return Plan(prompt, negative if isinstance(negative, str) else "", name, arguments, trail)
-
-
-def _clip_skip(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 12 else None

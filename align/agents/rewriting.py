@@ -15,6 +15,7 @@ from align.chats import load_chats
 from rollouts.catalog import Catalog
 
 _TASK = "Rewrite what somebody asks for into a prompt for a text-to-image model. Answer with the prompt only."
+_NO_PROMPT = "no_prompt: the user's words instead"
 
 
 class RewritingAgent(ChatGenAgent):
@@ -82,10 +83,16 @@ class RewritingAgent(ChatGenAgent):
             for answer, chat, truth in zip(answers, chats, truths, strict=True)
         ]
 
+    def replanned(self, plan: Mapping[str, Any], truth: Truth) -> Plan:
+        """See `ChatGenAgent.replanned`."""
+        step = plan["trail"][0]
+        notes = [note for note in step["notes"] if note != _NO_PROMPT]
+        return self._plan(step["raw"], plan["prompt"], truth, step["seconds"], notes)
+
     def _plan(self, text: str, said: str, truth: Truth, seconds: float, of_chat: Sequence[str] = ()) -> Plan:
         written = " ".join(text.removeprefix("Prompt:").split())
         prompt = truth.get("prompt") or written or said or "a picture"
-        replaced = () if written or "prompt" in truth else ("no_prompt: the user's words instead",)
+        replaced = () if written or "prompt" in truth else (_NO_PROMPT,)
         notes = (*of_chat, *replaced)
         model = truth.get("model", self._default.model)
         arguments = dict(truth.get("arguments") or call_arguments(self._default))

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from align.agents.chatgen import BaseAgent, ChatGenAgent, EvoAgent, load_chat_policy
-from align.agents.plans import STEPS
+from align.agents.chatgen import ChatGenAgent, EvoAgent, load_chat_policy
+from align.agents.chatgen_base import BaseAgent
+from align.agents.plans import STEPS, Plan
 from align.agents.rewriting import RewritingAgent
 from align.chats import load_chats
 from align.evaluation.answers import policy_identity
@@ -54,6 +55,7 @@ class KeptPlans:
         self.identities = {part: policy_identity(str(value)) for part, value in given.items()}
         self.devices: set[str] = set()
         self._agent: ChatGenAgent | None = None
+        self._plain: dict[str, dict[str, Any]] = {}  # plans without ground truth
 
     def plan(self, rows: Sequence[Mapping[str, Any]], path: Path, steps: Sequence[str] = ()) -> list[dict[str, Any]]:
         """A plan for each row, from the file of an earlier run as far as that goes.
@@ -76,16 +78,28 @@ class KeptPlans:
             with path.open("a", encoding="utf-8") as file:
                 for start in tqdm(range(0, len(missing), size), desc=self._title(steps), unit="batch", disable=None):
                     some = missing[start : start + size]
-                    truths = [{step: row[step] for step in steps} for row in some]
-                    own = [row["source"]["demonstration"] for row in some]
-                    found = self._agent.plans([row["messages"] for row in some], truths, own)
+                    found = self._ask(self._agent, some, [{step: row[step] for step in steps} for row in some])
                     for row, plan in zip(some, found, strict=True):
                         line = {"id": row["id"], "origin": origin, "device": device, "plan": plan.to_dict()}
                         kept[row["id"]] = line
                         file.write(json.dumps(line, ensure_ascii=False) + "\n")
                     file.flush()
         self.devices |= {kept[row["id"]].get("device") or "unknown" for row in rows}
-        return [kept[row["id"]]["plan"] for row in rows]
+        plans = {row["id"]: kept[row["id"]]["plan"] for row in rows}
+        if not steps:
+            self._plain = plans
+        return list(plans.values())
+
+    def _ask(
+        self, agent: ChatGenAgent, rows: Sequence[Mapping[str, Any]], truths: Sequence[Mapping[str, Any]]
+    ) -> list[Plan]:
+        """Plans; agents that write everything at once have written what they would with ground truth."""
+        if all(row["id"] in self._plain for row in rows):
+            found = [agent.replanned(self._plain[r["id"]], truth) for r, truth in zip(rows, truths, strict=True)]
+            if replanned := [plan for plan in found if plan is not None]:
+                return replanned
+        own = [row["source"]["demonstration"] for row in rows]
+        return agent.plans([row["messages"] for row in rows], truths, own)
 
     def unload(self) -> None:
         """Free the policy."""

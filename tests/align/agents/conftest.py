@@ -2,11 +2,13 @@
 
 import pytest
 
-from align.agents import DiffAgent
+from align.agents import BaseAgent, DiffAgent
+from align.chat_dialogue import ChatDialogue, ChatFormat
 from align.scratch import train_bpe_tokenizer
 from rollouts.catalog import Catalog, CatalogEntry
 from rollouts.costs import CPU, CostModel
 from rollouts.dialogue import Dialogue
+from rollouts.policy import load_policy, load_tokenizer
 
 LEARNED = {
     "a fox in pixel art": "Pixel Wave - v10",
@@ -68,3 +70,11 @@ def agent_folder(policy, dialogue, shop, tmp_path):
     dialogue.form.save(folder)
     shop.save(tmp_path / "catalog.jsonl")
     return folder
+
+
+@pytest.fixture(scope="module")
+def base(chat_policy, chat_bench) -> BaseAgent:
+    """An untrained Base, on the catalogue of `chat_bench`."""
+    policy = load_policy(str(chat_policy), dtype="float32").eval()
+    dialogue = ChatDialogue(load_tokenizer(str(chat_policy)), ChatFormat.load(chat_policy))
+    return BaseAgent(policy, dialogue, Catalog.load(chat_bench / "catalog.jsonl"), max_plan_tokens=20)

@@ -5,17 +5,14 @@ import json
 import pytest
 import torch
 
-from align.agents.chatgen import BaseAgent, EvoAgent
-from align.agents.plans import Plan
+from align.agents.chatgen import EvoAgent
 from align.agents.shown_examples import Shown, ShownExamples, usual, usual_arguments
 from align.bench.chatgen.schema import image_part, message, text_part
-from align.chat_dialogue import ChatDialogue, ChatFormat
 from align.chats import load_chats
 from align.trainers.model_token_config import ModelTokenError
 from align.trainers.model_token_rows import ModelTokens
 from rollouts.catalog import Catalog
 from rollouts.dialogue import DialogueError
-from rollouts.policy import load_policy, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -174,60 +171,7 @@ def test_chats_that_are_none_are_named(agent):
         agent.plan([])
 
 
-# Base
-
-
-@pytest.fixture(scope="module")
-def base(folders, chat_bench):
-    policy = load_policy(str(folders[0]), dtype="float32").eval()
-    dialogue = ChatDialogue(load_tokenizer(str(folders[0])), ChatFormat.load(folders[0]))
-    return BaseAgent(policy, dialogue, Catalog.load(chat_bench / "catalog.jsonl"), max_plan_tokens=20)
-
-
 @pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS.keys())
 def test_whatever_base_writes_the_plan_is_valid(base, chat):
     plan = base.plan(chat)
     assert base.catalog.validate(plan.call(base.catalog)) == [] and "not_json" in plan.notes
-
-
-GOOD = {
-    "prompt": "a fox", "negative_prompt": "blurry", "model": "Owl Painter - v2",
-    "arguments": {"sampler": "DDIM", "steps": 30, "cfg_scale": 6.5, "width": 512, "height": 768, "clip_skip": 2},
-}  # fmt: skip
-
-
-def read(base, written) -> Plan:
-    text = written if isinstance(written, str) else json.dumps(written)
-    return base._read(text, "what I said", {}, 0.0)
-
-
-def test_a_good_plan_is_taken_as_it_is(base):
-    plan = read(base, GOOD)
-    assert (plan.prompt, plan.negative_prompt, plan.model) == ("a fox", "blurry", "Owl Painter - v2")
-    assert plan.arguments == GOOD["arguments"] and plan.notes == ()
-
-
-@pytest.mark.parametrize(
-    ("change", "notes"),
-    [
-        ({"model": "Evil - v1"}, ["unknown_model: the default one instead"]),
-        ({"model": 7}, ["unknown_model: the default one instead"]),
-        ({"prompt": " "}, ["no_prompt: the user's words instead"]),
-        ({"prompt": None}, ["no_prompt: the user's words instead"]),
-        ({"arguments": GOOD["arguments"] | {"steps": 10**9}}, ["steps: the model's default instead"]),
-        ({"arguments": GOOD["arguments"] | {"sampler": "magic"}}, ["sampler: the model's default instead"]),
-        ({"arguments": GOOD["arguments"] | {"width": 99999}},
-         ["width: the model's default instead", "height: the model's default instead"]),
-        ({"arguments": []}, [f"{key}: the model's default instead"
-                             for key in ("sampler", "steps", "cfg_scale", "width", "height")]),
-    ],
-)  # fmt: skip
-def test_each_part_is_put_right_by_itself(base, change, notes):
-    plan = read(base, GOOD | change)
-    assert list(plan.notes) == notes and base.catalog.validate(plan.call(base.catalog)) == []
-
-
-@pytest.mark.parametrize("text", ["", "a fox", "[1]", "[" * 100_000, '{"prompt": ', "null"])
-def test_what_is_no_object_is_noted(base, text):
-    plan = read(base, text)
-    assert plan.notes[0] == "not_json" and plan.prompt == "what I said"

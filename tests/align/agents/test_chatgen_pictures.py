@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from align.agents.chatgen import BaseAgent, EvoAgent
+from align.agents.chatgen import EvoAgent
+from align.agents.chatgen_base import BaseAgent
 from align.agents.rewriting import RewritingAgent
 from align.bench.chatgen.schema import image_part, message, text_part
 from align.chat_dialogue import PICTURE

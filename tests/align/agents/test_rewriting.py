@@ -41,3 +41,10 @@ def test_truths_and_empty_answers(agent):
     assert agent._plan("", "what I said", {}, 0.0).notes == ("no_prompt: the user's words instead",)
     given = agent._plan("", "x", {"prompt": "p", "model": "Owl Painter - v2", "arguments": {"steps": 9}}, 0.0)
     assert (given.prompt, given.model, given.arguments) == ("p", "Owl Painter - v2", {"steps": 9})
+
+
+@pytest.mark.parametrize("text", ["Prompt:  a red\n fox ", ""])
+@pytest.mark.parametrize("truth", [{}, {"prompt": "p", "model": "Owl Painter - v2"}, {"arguments": {"steps": 9}}])
+def test_ground_truth_afterwards_is_ground_truth_at_once(agent, text, truth):
+    kept = agent._plan(text, "what I said", {}, 0.5, ("a note",)).to_dict()
+    assert agent.replanned(kept, truth) == agent._plan(text, "what I said", truth, 0.5, ("a note",))
