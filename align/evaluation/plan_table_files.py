@@ -43,12 +43,12 @@ def to_markdown(name: str, table: Mapping[str, Any]) -> str:
     """The table for people."""
     labels, estimates, others = table["labels"], table["estimates"], table["others"]
     heads = [HEADINGS.get(field, field) for field in (*labels, *estimates, *others)]
-    lines = [f"{TITLES[name]} {_note(name, table)}".strip(), "", f"| {' | '.join(heads)} |"]
+    lines = [f"{TITLES[name]} {table_note(name, table)}".strip(), "", f"| {' | '.join(heads)} |"]
     lines.append("|" + "---|" * len(labels) + "---:|" * (len(estimates) + len(others)))
     for row in table["rows"]:
         cells = [_escape(str(row[field])) for field in labels]
         cells += [_show(field, row[field]) for field in estimates]
-        cells += [_other(row[field]) for field in others]
+        cells += [shown_value(row[field]) for field in others]
         lines.append(f"| {' | '.join(cells)} |")
     if len(table["runs"]) > 1:
         lines += _by_run(table)
@@ -76,8 +76,8 @@ def to_csv(table: Mapping[str, Any]) -> str:
     return text.getvalue()
 
 
-def _note(name: str, table: Mapping[str, Any]) -> str:
-    """What has to be known to read the numbers."""
+def table_note(name: str, table: Mapping[str, Any]) -> str:
+    """What has to be known to read the numbers, as Markdown."""
     notes = ["Means over chats, [95% bootstrap interval] (n)."]
     if len(table["runs"]) > 1:
         notes.append(f"Mean of {len(table['runs'])} runs; resampled are runs, then chats.")
@@ -106,7 +106,7 @@ def _by_run(table: Mapping[str, Any]) -> list[str]:
     for row in table["rows"]:
         for run in table["runs"]:
             cells = [_escape(str(row[field])) for field in labels] + [_escape(run)]
-            cells += [_number(field, (row[field] or {}).get("runs", {}).get(run)) for field in estimates]
+            cells += [shown_number(field, (row[field] or {}).get("runs", {}).get(run)) for field in estimates]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -114,11 +114,12 @@ def _by_run(table: Mapping[str, Any]) -> list[str]:
 def _show(field: str, estimate: Mapping[str, Any] | None) -> str:
     if estimate is None:
         return ""
-    value, low, high = (_number(field, estimate[part]) for part in ("value", "low", "high"))
+    value, low, high = (shown_number(field, estimate[part]) for part in ("value", "low", "high"))
     return f"{value} [{low}, {high}] ({estimate['n']:,})"
 
 
-def _number(field: str, value: float | None) -> str:
+def shown_number(field: str, value: float | None) -> str:
+    """A number of an estimate: times 100 where the paper has it so; None: an empty text."""
     if value is None:
         return ""
     if field in _AS_IT_IS or field not in HEADINGS:
@@ -126,7 +127,8 @@ def _number(field: str, value: float | None) -> str:
     return f"{100 * value:.{2 if field == 'hps_v2' else 1}f}"
 
 
-def _other(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """A field that is no estimate, as Markdown; None: an empty text."""
     if value is None:
         return ""
     if isinstance(value, dict):

@@ -20,7 +20,7 @@ from typing import Any
 from align.evaluation.comparison import NOBODY, Comparison, ComparisonError, load_comparison
 from align.evaluation.diffagent_tables import LABELS, number
 from align.evaluation.report_figures import PictureBudget, curve, dot_plot
-from align.evaluation.report_style import STYLE
+from align.evaluation.report_page import evenly, figure, grouped_table, html_page, picture_row
 from align.run_directory import read_metrics
 from rewards.commandline import run_command
 from rewards.files import write_atomically
@@ -28,7 +28,7 @@ from rewards.files import write_atomically
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.html"
-_FEW, _CANDIDATES, _CANDIDATE_PROMPTS = 5, 7, 4
+_CANDIDATES, _CANDIDATE_PROMPTS = 7, 4
 _CURVES = re.compile(r"loss|accurac|kendall")
 
 
@@ -102,19 +102,8 @@ def write_report(
     if metrics:
         sections.append(_curves([Path(path) for path in metrics]))
     body = "\n".join([f"<h1>{escape(title)}</h1>", budget.note(), *sections])
-    write_atomically(folder / REPORT_FILE, _page(title, body).encode())
+    write_atomically(folder / REPORT_FILE, html_page(title, body).encode())
     return folder / REPORT_FILE
-
-
-def _page(title: str, body: str) -> str:
-    # The policy forbids scripts and requests, should any text ever get past the escaping.
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
-    )
 
 
 def _compared(comparison: Comparison) -> str:
@@ -153,7 +142,7 @@ def _hallucination(table: Mapping[str, Any]) -> str:
         "Share of answers that can't be called, in per cent, with 95% bootstrap intervals; greedy decoding, and where "
         "it says so sampled at temperature 1."
     )
-    return "<h2>Table 1: hallucination</h2>" + _grouped(head, rows, caption)
+    return "<h2>Table 1: hallucination</h2>" + grouped_table(head, rows, caption)
 
 
 def _scores(table: Mapping[str, Any]) -> list[str]:
@@ -180,7 +169,7 @@ def _scores(table: Mapping[str, Any]) -> list[str]:
         label = f"{row['method']} − {row['against']}"
         differences.append((row["prompts"], label, f"{cells}<td>{rate}{counts}</td>"))
     caption = "Paired differences, prompt by prompt; win rate by the unified metric in per cent, without ties."
-    sections.append(_grouped(heads + '<th scope="col">win rate</th>', differences, caption))
+    sections.append(grouped_table(heads + '<th scope="col">win rate</th>', differences, caption))
     return [*sections, _by_run(table)] if len(table["runs"]) > 1 else sections
 
 
@@ -191,7 +180,7 @@ def _by_run(table: Mapping[str, Any]) -> str:
         cells = "".join(f"<td>{number(of_run.get(run), 'unified') or '–'}</td>" for run in table["runs"])
         rows.append((row["prompts"], row["method"], cells))
     heads = "".join(f'<th scope="col">{escape(run)}</th>' for run in table["runs"])
-    return _grouped(heads, rows, "The unified metric of each run.")
+    return grouped_table(heads, rows, "The unified metric of each run.")
 
 
 def _scores_table(prompts: str, rows: Sequence[Mapping[str, Any]], names: Sequence[str], heads: str) -> str:
@@ -223,7 +212,9 @@ def _selection(table: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     names = ("distinct models", "entropy (nats)", "effective number")
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
-    return "<h2>Models chosen</h2>" + _grouped(head, rows, "The effective number is the exponential of the entropy.")
+    return "<h2>Models chosen</h2>" + grouped_table(
+        head, rows, "The effective number is the exponential of the entropy."
+    )
 
 
 def _grid(comparison: Comparison, budget: PictureBudget, num_prompts: int) -> str:
@@ -241,12 +232,12 @@ def _grid(comparison: Comparison, budget: PictureBudget, num_prompts: int) -> st
     share = max(1, num_prompts // len(about.prompt_sets))
     for prompts in about.prompt_sets:
         of_set = [rows for rows in by_prompt.values() if rows[0]["prompt_set"] == prompts]
-        for rows in _evenly(of_set, share):
+        for rows in evenly(of_set, share):
             parts.append(f"<h3>{escape(rows[0]['prompt'])}</h3><p class=soft>{escape(prompts)}</p>")
             best = max((row["unified"] for row in rows if row["unified"] is not None), default=math.inf)
             distinct = len({row["unified"] for row in rows}) > 1
             figures = [_picture(row, budget, best=distinct and row["unified"] == best) for row in rows]
-            parts.append(_pictures(figures))
+            parts.append(picture_row(figures))
     return "\n".join(parts)
 
 
@@ -265,7 +256,7 @@ def _picture(row: Mapping[str, Any], budget: PictureBudget, *, best: bool) -> st
             f'<span class="warn">{escape(asked)} not drawn ({escape(row["not_drawn"])}): baseline’s picture</span>'
         )
     image = budget.tag(next(iter(row["images"] or []), None), f"{row['method']}: {call['model']}, {row['prompt']}")
-    return _figure(image, lines, best=best)
+    return figure(image, lines, best=best)
 
 
 def _candidates(path: Path, budget: PictureBudget) -> str:
@@ -280,13 +271,13 @@ def _candidates(path: Path, budget: PictureBudget) -> str:
         "<h2>What is learned from: candidates ranked by reward</h2><p class=soft>Calls that a policy proposed, drawn "
         "and scored; mean reward over the call's pictures with its standard error.</p>"
     ]
-    for row in _evenly(rows, _CANDIDATE_PROMPTS):
+    for row in evenly(rows, _CANDIDATE_PROMPTS):
         ranked = sorted(
             row["candidates"], key=lambda c: -math.inf if c["reward"] is None else c["reward"], reverse=True
         )
         parts.append(f"<h3>{escape(row['instruction']['prompt'])}</h3>")
         shown = enumerate(ranked[:_CANDIDATES], start=1)
-        parts.append(_pictures([_candidate(rank, candidate, budget) for rank, candidate in shown]))
+        parts.append(picture_row([_candidate(rank, candidate, budget) for rank, candidate in shown]))
         if len(ranked) > _CANDIDATES:
             parts.append(f"<p class=soft>{len(ranked) - _CANDIDATES} more are not shown.</p>")
     return "\n".join(parts)
@@ -304,7 +295,7 @@ def _candidate(rank: int, candidate: Mapping[str, Any], budget: PictureBudget) -
     if candidate["error"]:
         lines.append(f'<span class="warn">{escape(candidate["error"].partition(":")[0])}</span>')
     alt = f"Candidate {rank}: {call['model'] if call else 'no call'}"
-    return _figure(budget.tag(next(iter(candidate["images"] or []), None), alt), lines, best=False)
+    return figure(budget.tag(next(iter(candidate["images"] or []), None), alt), lines, best=False)
 
 
 def _curves(paths: Sequence[Path]) -> str:
@@ -324,30 +315,6 @@ def _curves(paths: Sequence[Path]) -> str:
     return "\n".join(parts)
 
 
-def _figure(image: str, lines: Sequence[str], *, best: bool) -> str:
-    kind = "picture best" if best else "picture"
-    return f'<figure class="{kind}">{image}<figcaption>{"".join(lines)}</figcaption></figure>'
-
-
-def _pictures(figures: Sequence[str]) -> str:
-    few = " few" if len(figures) <= _FEW else ""
-    return f'<div class="pictures{few}">{"".join(figures)}</div>'
-
-
-def _grouped(head: str, rows: Sequence[tuple[str, str, str]], caption: str) -> str:
-    """A table of (prompt set, method, cells), with a line above each prompt set."""
-    lines, last = [], None
-    for prompts, method, cells in rows:
-        if prompts != last:
-            lines.append(f'<tr><th scope="rowgroup" colspan="20" class="soft">{escape(prompts)}</th></tr>')
-            last = prompts
-        lines.append(f'<tr><th scope="row">{escape(method)}</th>{cells}</tr>')
-    return (
-        f'<div class="scroll"><table><caption>{escape(caption)}</caption><thead><tr><th scope="col">method</th>'
-        f"{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-    )
-
-
 def _cell(estimate: Mapping[str, Any] | None, name: str = "hallucination", *, sign: str = "") -> str:
     if estimate is None:
         return "<td>–</td>"
@@ -358,13 +325,6 @@ def _cell(estimate: Mapping[str, Any] | None, name: str = "hallucination", *, si
 
 def _parameters(call: Mapping[str, Any]) -> str:
     return f"{call['sampling method']}, {call['sampling steps']} steps, cfg {call['cfg scale']:g}"
-
-
-def _evenly(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` items, evenly spaced, the first one among them."""
-    if len(items) <= count:
-        return list(items)
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 def _read_table(path: Path) -> dict[str, Any]:

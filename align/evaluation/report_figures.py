@@ -45,7 +45,13 @@ class PictureBudget:
                 self.unreadable += 1
                 return '<div class="missing">picture not found</div>'
             self._known[uri] = data_uri(image)
-        source = self._known[uri]
+        return self._tag(self._known[uri], alt)
+
+    def show(self, image: Image.Image, alt: str) -> str:
+        """An `img` of a picture that is open already."""
+        return self._tag(data_uri(image), alt)
+
+    def _tag(self, source: str, alt: str) -> str:
         if self.used + len(source) > self.max_bytes:
             self.left_out += 1
             return '<div class="missing">left out: the report would be too large</div>'

@@ -1,6 +1,8 @@
-"""A comparison with made-up scores, and its pictures."""
+"""A comparison with made-up scores, and its pictures; a parser of reports."""
 
 import json
+from collections import Counter
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -75,3 +77,41 @@ def pictures(tmp_path):
         noise = np.random.default_rng(side).integers(0, 255, (side, side, 3), dtype=np.uint8)
         Image.fromarray(noise).save(paths[-1])
     return paths
+
+
+VOID = {"meta", "img", "br", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; fails if a tag is not closed where it should be."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.attributes, self.text, self.open = Counter(), [], "", []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+
+@pytest.fixture
+def read_page():
+    """Text of a page -> `Page`."""
+    return Page

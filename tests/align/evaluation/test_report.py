@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
 
@@ -13,36 +12,6 @@ from align.evaluation.report import ReportConfig, ReportError, main, write_repor
 from rollouts.scored_table import write_scored
 
 HOSTILE = '<script>alert("1")</script><img src=x onerror=alert(2)>\'"</td></svg>&amp;'
-VOID = {"meta", "img", "br", "input", "link"}
-
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a page; fails if a tag is not closed where it should be."""
-
-    def __init__(self, text):
-        super().__init__(convert_charrefs=True)
-        self.tags, self.attributes, self.text, self.open = Counter(), [], "", []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags[tag] += 1
-        self.attributes += [(tag, name, value) for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.text += data
 
 
 @pytest.fixture
@@ -53,9 +22,9 @@ def folder(tmp_path, comparison, pictures):
     return tmp_path / "tables"
 
 
-def test_what_stands_in_it(folder):
+def test_what_stands_in_it(read_page, folder):
     path = main(ReportConfig(str(folder), title="Nine pictures"))
-    page = Page(path.read_text())
+    page = read_page(path.read_text())
     assert page.tags["img"] == 9 and page.tags["svg"] == 1 and page.tags["script"] == 0
     sources = [value for tag, name, value in page.attributes if (tag, name) == ("img", "src")]
     assert Counter(source[:15] for source in sources) == {"data:image/png;": 5, "data:image/jpeg": 4}
@@ -71,7 +40,7 @@ def test_what_stands_in_it(folder):
     assert [value for _, name, value in page.attributes if name == "class"].count("picture best") == 4
 
 
-def test_nothing_is_fetched_and_nothing_runs(folder, tmp_path, comparison, pictures):
+def test_nothing_is_fetched_and_nothing_runs(read_page, folder, tmp_path, comparison, pictures):
     """Hostile text wherever text comes from outside: prompts, models, agents, reasons, sets, titles, candidates."""
     names = {"SFT": f"SFT{HOSTILE}", "RRHF": "RRHF", "Baseline": "Baseline"}
     call = json.dumps(comparison.about.baseline_call | {"model": f"M{HOSTILE}", "sampling method": HOSTILE})
@@ -98,7 +67,7 @@ def test_nothing_is_fetched_and_nothing_runs(folder, tmp_path, comparison, pictu
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(json.dumps({"step": step, f"loss{HOSTILE}": step}) + "\n" for step in (1, 2)))
     path = write_report(folder, title=HOSTILE, scored=tmp_path / "scored.parquet", metrics=[metrics])
-    page = Page(path.read_text())
+    page = read_page(path.read_text())
     assert page.tags["script"] == 0 and page.tags["img"] == 10
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
     for _, name, value in page.attributes:
@@ -110,7 +79,7 @@ def test_nothing_is_fetched_and_nothing_runs(folder, tmp_path, comparison, pictu
     assert policy.startswith("default-src 'none'")
 
 
-def test_candidates_are_ranked_by_reward(folder, tmp_path, comparison, pictures):
+def test_candidates_are_ranked_by_reward(read_page, folder, tmp_path, comparison, pictures):
     def candidate(model, reward, error=None):
         call = comparison.about.baseline_call | {"model": model} if model else None
         return {
@@ -124,40 +93,40 @@ def test_candidates_are_ranked_by_reward(folder, tmp_path, comparison, pictures)
         "candidates": [candidate("Low", 0.2), candidate(None, None, "not_json: x"), candidate("High", 0.9)],
     }  # fmt: skip
     write_scored(tmp_path / "scored.parquet", [row], ["red"])
-    text = Page(write_report(folder, scored=tmp_path / "scored.parquet").read_text()).text
+    text = read_page(write_report(folder, scored=tmp_path / "scored.parquet").read_text()).text
     assert text.index("1. High") < text.index("2. Low") < text.index("3. no call")
     assert text.rindex("not_json") > text.index("3. no call")
     assert "reward 0.900 ± 0.010" in text and "a castle" in text
 
 
-def test_curves(folder, tmp_path):
+def test_curves(read_page, folder, tmp_path):
     lines = [{"step": s, "loss": 1 / s, "rewards/accuracy": "nan", "eval_loss": 0.5, "lr": s} for s in (1, 2, 3)]
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    page = Page(write_report(folder, metrics=[metrics]).read_text())
+    page = read_page(write_report(folder, metrics=[metrics]).read_text())
     labels = [value for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")]
     assert labels[1:] == ["loss over training steps", "eval_loss over training steps"]
 
 
-def test_a_report_of_limited_size(folder):
+def test_a_report_of_limited_size(read_page, folder):
     whole = write_report(folder).read_text()
     path = write_report(folder, max_megabytes=0.05)
-    page = Page(path.read_text())
+    page = read_page(path.read_text())
     assert 0 < page.tags["img"] < 9 and "left out: the report would be too large" in page.text
     assert f"all in all they may take 0.05 MB (option max_megabytes): {9 - page.tags['img']}." in page.text
     assert len(path.read_text()) < len(whole) - 100_000
-    whole_page = Page(whole)
-    few = Page(write_report(folder, num_prompts=1).read_text())
+    whole_page = read_page(whole)
+    few = read_page(write_report(folder, num_prompts=1).read_text())
     assert few.tags["img"] == 3 and few.tags["h3"] == whole_page.tags["h3"] - 2
 
 
-def test_pictures_that_are_gone_are_said(folder, pictures, tmp_path):
+def test_pictures_that_are_gone_are_said(read_page, folder, pictures, tmp_path):
     (tmp_path / "small.png").unlink()
-    page = Page(write_report(folder).read_text())
+    page = read_page(write_report(folder).read_text())
     assert page.tags["img"] == 4 and "could not be read any more: 5." in page.text
 
 
-def test_several_runs(tmp_path, comparison, pictures):
+def test_several_runs(read_page, tmp_path, comparison, pictures):
     rows = [
         row
         | {
@@ -169,7 +138,7 @@ def test_several_runs(tmp_path, comparison, pictures):
         for row in comparison.rows
     ]
     write_tables(tmp_path, Comparison(replace(comparison.about, runs=["seed0", "seed1"]), rows))
-    page = Page(write_report(tmp_path).read_text())
+    page = read_page(write_report(tmp_path).read_text())
     assert "The unified metric of each run.methodseed0seed1" in page.text and "of run seed0" in page.text
     assert page.tags["img"] == 9  # of the first run
     # Ranges are 0 to 2 and 10 to 21: RRHF's 1, 1 and 20, 15 of prompt a in the first run, and so on for b and c.
