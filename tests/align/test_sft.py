@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -205,7 +206,6 @@ def wandb_history(path):
                 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -217,19 +217,39 @@ def wandb_history(path):
         (["--catalog", "nowhere.jsonl", "--sample_answers", "1"], "no catalogue file at nowhere.jsonl"),
     ],
 )
-def test_bad_options_are_one_line(bench, tmp_path, flags, message):
-    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(TOY))
-    command = [sys.executable, "align/sft.py", "--config", str(tmp_path / "sft.yaml"), "--dataset", str(bench)]
-    done = subprocess.run(
-        [*command, "--output_dir", str(tmp_path / "run"), *flags], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    import re
+def test_bad_options_are_one_line(bench, tmp_path, flags, message, capsys, monkeypatch):
+    from trl import ModelConfig, SFTConfig
 
-    assert re.search(message, last)
-    assert "Traceback" not in done.stderr
+    from align.pairs import DataError
+    from align.scratch import ScratchConfig
+    from align.sft import SFTArguments, main
+    from rewards.commandline import run_command
+    from rollouts.catalog import CatalogError
+    from rollouts.dialogue import DialogueError
+
+    command = bad_command(tmp_path, bench, flags)
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stop:
+        run_command(
+            main, SFTArguments, SFTConfig, ModelConfig, ScratchConfig, errors=(DataError, CatalogError, DialogueError)
+        )
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and re.search(message, last), last
+
+
+@pytest.mark.slow
+def test_a_bad_option_is_one_line_for_users_too(bench, tmp_path):
+    command = bad_command(tmp_path, bench, ["--max_length", "60"])
+    done = subprocess.run([sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def bad_command(folder, bench, flags):
+    (folder / "sft.yaml").write_text(yaml.safe_dump(TOY))
+    command = ["align/sft.py", "--config", str(folder / "sft.yaml"), "--dataset", str(bench)]
+    return [*command, "--output_dir", str(folder / "run"), *flags]
 
 
 @pytest.mark.slow
