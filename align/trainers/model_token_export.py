@@ -6,12 +6,12 @@ import unicodedata
 from collections.abc import Collection, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import AddedToken
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from align.trainers.model_token_backbone import Backbone
 from align.trainers.model_token_config import ModelTokenError
@@ -55,7 +55,7 @@ def export_model(
     *,
     untie: bool = False,
 ) -> tuple[list[str], int]:
-    """Save a copy of a model whose output layer is [W_v; W_M] (ChatGen Eq. 4), and its tokenizer.
+    """Save a copy of a model whose output layer is [W_v; W_M] (ChatGen Eq. 4), and its tokenizer or processor.
 
     Every weight that was there stays as it is, bit by bit. New rows are rounded to the model's type; a bias of the
     output layer is 0 for them. Input embeddings of the new tokens are the means of those of their names' tokens; where
@@ -79,10 +79,18 @@ def export_model(
             f"The rows are for hidden states of {rows.shape[1]} and {transform}, but the model has "
             f"{backbone.hidden_size} and {backbone.transform}; export with the backbone they were trained on."
         )
+    processor = tokenizer if isinstance(tokenizer, ProcessorMixin) else None
+    if processor is not None:
+        tokenizer = cast(Any, processor).tokenizer
     longer, tokens = _longer_tokenizer(tokenizer, names, backbone.vocabulary)
     exported = _longer_model(model, rows, untie, [_name_ids(tokenizer, name) for name in names])
     exported.save_pretrained(folder)
-    longer.save_pretrained(folder)
+    if processor is not None:
+        processor = copy.copy(processor)
+        cast(Any, processor).tokenizer = longer
+        processor.save_pretrained(folder)  # with the tokenizer
+    else:
+        longer.save_pretrained(folder)
     return tokens, backbone.vocabulary
 
 

@@ -240,7 +240,7 @@ class ModelTokens:
 
         Args:
             model: The backbone.
-            tokenizer: Its tokenizer.
+            tokenizer: Its tokenizer, or the processor of a model that sees pictures.
             folder: Where to; model_tokens.json is written last.
             untie: Give a model whose output layer is its input embedding one of each. Otherwise a row is both, and the
                 input embedding of a model token is its row of W_M.

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from align.agents.chat_answers import more_inputs
 from align.chats import load_chats
 from align.model_tokens import ModelTokenArguments, examples_of, main
 from align.pairs import DataError
@@ -16,7 +17,7 @@ from align.trainers.model_token_backbone import Backbone
 from align.trainers.model_token_cache import build_cache, read_manifest
 from align.trainers.model_token_config import ModelTokenError
 from align.trainers.model_token_rows import ModelTokens
-from rollouts.policy import load_policy
+from rollouts.policy import load_policy, load_processor
 
 
 @pytest.fixture
@@ -119,3 +120,37 @@ def test_pictures_that_can_not_be_opened(bench, tiny_mllm, tmp_path):
     assert not any(text.pictures.sources) and set(text.pictures.digests) == {b""}
     with pytest.raises(ModelTokenError, match="could be opened when the prefixes were encoded"):
         build_cache(tmp_path / "c", Backbone(load_policy(str(tiny_mllm), dtype="float32")), examples)
+
+
+@pytest.mark.parametrize("policy", ["tiny_mllm", "tiny_qwen_vl"])
+def test_an_exported_policy_sees_and_predicts_equation_4(request, policy, bench, tmp_path):
+    folder = request.getfixturevalue(policy)
+    model = load_policy(str(folder), dtype="float32").eval().double()
+    rows, dialogue, _ = some(bench, folder)
+    backbone, names = Backbone(model), ("Fox - v1", "Owl - v2")
+    tokens = ModelTokens(names, torch.randn(2, backbone.hidden_size, dtype=torch.float64), backbone.transform)
+    processor = load_processor(str(folder))
+    written = tokens.export(model, processor, tmp_path)
+    assert len(processor.tokenizer) + 2 == len(load_processor(str(tmp_path)).tokenizer), "the caller's is as it was"
+
+    shutil.copy(folder / "chat_dialogue.json", tmp_path)
+    exported, longer = (
+        load_policy(str(tmp_path), dtype="float32").eval().double(),
+        load_dialogue(tmp_path, folder=bench),
+    )
+    size = len(model.get_output_embeddings().weight)
+    assert longer.tokenizer.convert_tokens_to_ids(list(written.values())) == [size, size + 1]
+    seen = 0
+    for row in rows:
+        chats = [d.encode_selection(row["messages"], row["prompt"], 400) for d in (dialogue, longer)]
+        assert chats[0].input_ids == chats[1].input_ids
+        seen += len(chats[0].pictures)
+        ids = torch.tensor([chats[0].input_ids])
+        with torch.no_grad():
+            words, found = (
+                m(input_ids=ids, **d.picture_inputs(ids, [chat.pictures])).logits[:, -1]
+                for m, d, chat in zip((model, exported), (dialogue, longer), chats, strict=True)
+            )
+        hidden = backbone([chats[0].input_ids], more_inputs(dialogue, chats[:1])).hidden
+        torch.testing.assert_close(found.softmax(-1), tokens.probabilities(hidden, words), rtol=1e-4, atol=1e-7)
+    assert seen == 2
