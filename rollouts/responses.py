@@ -96,15 +96,18 @@ def answer_prompts(
     skip: frozenset[int] = frozenset(),
     progress: bool = True,
     more_inputs: MoreInputs | None = None,
+    no_repeat_ngram_size: int = 0,
 ) -> Iterator[Response]:
     """Answer prompts that are token ids already; everything else is as in `generate_responses`.
 
-    `more_inputs` gives what the policy needs beside the ids of a batch, such as pixels.
+    `more_inputs` gives what the policy needs beside the ids of a batch, such as pixels. No sequence of
+    `no_repeat_ngram_size` tokens is written that was there before, in the prompt or the answer; 0: any.
     """
     batches = batches_by_length(prompts, batch_size)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if do_sample:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    sampling["no_repeat_ngram_size"] = no_repeat_ngram_size
     with tqdm(total=len(prompts), desc="answering", unit=" prompts", disable=not progress, mininterval=1.0) as bar:
         for batch in batches:
             if not skip.issuperset(batch):

@@ -69,6 +69,7 @@ def answer_chats(
     max_tokens: int,
     max_new_tokens: int,
     batch_size: int,
+    no_repeat_ngram_size: int = 0,
 ) -> list[ChatAnswer]:
     """What a policy writes after each chat and a task, in order.
 
@@ -80,6 +81,7 @@ def answer_chats(
         max_tokens: Of a chat; older messages are left out.
         max_new_tokens: Of an answer.
         batch_size: Chats that are answered together.
+        no_repeat_ngram_size: See `answer_prompts`.
 
     Raises:
         DialogueError: A chat that doesn't fit.
@@ -87,7 +89,7 @@ def answer_chats(
     encoded = [dialogue.encode_chat(chat.messages, task, None, max_tokens) for chat in chats]
     responses = answer_prompts(
         policy, dialogue, [chat.input_ids for chat in encoded], max_new_tokens=max_new_tokens, batch_size=batch_size,
-        progress=False, more_inputs=more_inputs(dialogue, encoded),
+        progress=False, more_inputs=more_inputs(dialogue, encoded), no_repeat_ngram_size=no_repeat_ngram_size,
     )  # fmt: skip
     answers: dict[int, ChatAnswer] = {}
     for response in responses:

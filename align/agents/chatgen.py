@@ -50,6 +50,8 @@ class ChatGenAgent(ABC):
         catalog: The models.
         max_tokens: Of a chat; older messages are left out.
         batch_size: Chats that are planned together.
+        no_repeat_ngram_size: No sequence of so many tokens is written that stood in the chat or the answer before; 0:
+            any. For policies that repeat themselves without end.
     """
 
     policy: Any
@@ -57,6 +59,7 @@ class ChatGenAgent(ABC):
     catalog: Catalog
     max_tokens: int
     batch_size: int = 8
+    no_repeat_ngram_size: int = 0
 
     def plan(self, messages: Messages, truth: Truth | None = None) -> Plan:
         """The plan for one chat; see `plans`."""
@@ -108,7 +111,7 @@ class ChatGenAgent(ABC):
         """What the policy writes."""
         return answer_chats(
             self.policy, self.dialogue, chats, task, max_tokens=self.max_tokens, max_new_tokens=max_new_tokens,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size, no_repeat_ngram_size=self.no_repeat_ngram_size,
         )  # fmt: skip
 
 

@@ -55,7 +55,8 @@ class ChatGenEvaluationConfig:
         default=None,
         metadata={
             "help": "Name -> {policy, tokens} (Evo; with `arguments: usual` those of its examples), {policy} (Base), "
-            "or {policy, rewrite: true} (no fine-tuning); JSON on a command line."
+            "or {policy, rewrite: true} (no fine-tuning); with `no_repeat_ngram_size` for policies that repeat "
+            "themselves without end. JSON on a command line."
         },
     )
     given: list[str] = field(
@@ -88,12 +89,15 @@ class ChatGenEvaluationConfig:
         if not self.agents:
             raise ValueError("`agents` is empty; name one, such as {Evo: {policy: runs/evo, tokens: runs/tokens}}.")
         for name, given in self.agents.items():
-            known = {"policy", "tokens", "rewrite", "arguments"}
+            known = {"policy", "tokens", "rewrite", "arguments", "no_repeat_ngram_size"}
             if not isinstance(given, dict) or "policy" not in given or set(given) - known:
                 raise ValueError(
-                    f"`agents`: {name} must have `policy` and can have `tokens`, `arguments` or `rewrite`, but has "
-                    f"{given}."
+                    f"`agents`: {name} must have `policy` and can have {', '.join(sorted(known - {'policy'}))}, but "
+                    f"has {given}."
                 )
+            size = given.get("no_repeat_ngram_size", 0)
+            if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+                raise ValueError(f"`agents`: `no_repeat_ngram_size` of {name} must be 0 or more, but is {size!r}.")
             if given.get("arguments", "written") not in get_args(Arguments):
                 raise ValueError(
                     f"`agents`: `arguments` of {name} must be written or usual, but is {given['arguments']!r}."

@@ -43,7 +43,8 @@ class KeptPlans:
 
     Args:
         name: Of the agent, for messages and progress bars.
-        given: Its options: `policy`, and `tokens` (with `arguments`, if not written) or `rewrite`.
+        given: Its options: `policy`, and `tokens` (with `arguments`, if not written) or `rewrite`; perhaps
+            `no_repeat_ngram_size`.
         catalog: The models.
         options: How it is loaded.
         devices: Where its plans were made; filled by `plan`.
@@ -123,6 +124,7 @@ def load_agent(given: Mapping[str, Any], catalog: Catalog, options: PlannerOptio
         else:
             agent = BaseAgent(*written, catalog)
     agent.batch_size = options.batch_size
+    agent.no_repeat_ngram_size = given.get("no_repeat_ngram_size", 0)
     return agent
 
 

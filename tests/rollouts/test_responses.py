@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from align.scratch import ScratchConfig, build_from_scratch, train_bpe_tokenizer
 from rollouts.dialogue import Dialogue
-from rollouts.responses import generate_responses
+from rollouts.responses import answer_prompts, generate_responses
 
 # Prompts and answers of very different lengths, so that batches need padding and end at different steps.
 PAIRS = {
@@ -158,6 +158,32 @@ def test_settings_that_came_with_a_model_change_neither_greedy_decoding_nor_samp
         assert answers(policy, dialogue, **options) == sampled
     finally:
         policy.generation_config = ours
+
+
+def test_nothing_is_written_twice_if_so_wanted(dialogue):
+    """As a plain loop writes it: the likeliest token that doesn't make three tokens stand there twice."""
+    size = ScratchConfig(vocab_size=340, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    policy = build_from_scratch(size, dialogue.tokenizer).eval()  # untrained: it repeats itself for ever
+    prompts = [dialogue.encode_prompt(prompt) for prompt in ("a red fox, a red fox", "8k")]
+
+    def written(**options):
+        found = answer_prompts(policy, dialogue, prompts, max_new_tokens=24, progress=False, **options)
+        return [r.text for r in sorted(found, key=lambda r: r.index)]
+
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 24:
+            with torch.no_grad():
+                order = policy(input_ids=torch.tensor([ids])).logits[0, -1].argsort(descending=True).tolist()
+            there = {tuple(ids[i : i + 3]) for i in range(len(ids) - 2)}
+            ids.append(next(token for token in order if (*ids[-2:], token) not in there))
+            if ids[-1] == dialogue.tokenizer.eos_token_id:
+                break
+        expected.append(dialogue.decode([i for i in ids[len(prompt) :] if i != dialogue.tokenizer.eos_token_id]))
+    assert written(no_repeat_ngram_size=3, batch_size=1) == expected
+    assert written(no_repeat_ngram_size=3, batch_size=2) == expected
+    assert written() != expected
 
 
 def test_long_prompts_are_cut(policy, dialogue):

@@ -5,7 +5,8 @@ import pytest
 from align.agents.chat_answers import ChatAnswer
 from align.agents.chatgen import ChatGenAgent
 from align.chats import load_chats
-from align.evaluation.chatgen_plans import GIVEN, KeptPlans, PlannerOptions
+from align.evaluation.chatgen_plans import GIVEN, KeptPlans, PlannerOptions, load_agent
+from rewards.commandline import ConfigError
 from rollouts.catalog import Catalog
 
 
@@ -50,3 +51,15 @@ def test_evo_is_asked_again(asked, chat_policy, chat_tokens, chat_bench, tmp_pat
     planner.plan(rows, tmp_path / "arguments.jsonl", GIVEN["arguments"])
     planner.plan(rows, tmp_path / "prompt.jsonl", GIVEN["prompt"])
     assert asked == [2, 0, 2]
+
+
+def test_agents_may_be_kept_from_repeating_themselves(asked, chat_policy, chat_bench, tmp_path):
+    catalog, rows = Catalog.load(chat_bench / "catalog.jsonl"), list(load_chats(chat_bench)["test"])[:1]
+    options = PlannerOptions(str(chat_bench), 2, "float32", "cpu")
+    plain, kept = {"policy": str(chat_policy)}, {"policy": str(chat_policy), "no_repeat_ngram_size": 6}
+    assert load_agent(plain, catalog, options).no_repeat_ngram_size == 0
+    assert load_agent(kept, catalog, options).no_repeat_ngram_size == 6
+    # Plans of one are not taken for plans of the other.
+    KeptPlans("Base", plain, catalog, options).plan(rows, tmp_path / "plans.jsonl")
+    with pytest.raises(ConfigError, match="holds plans of"):
+        KeptPlans("Base", kept, catalog, options).plan(rows, tmp_path / "plans.jsonl")
