@@ -93,7 +93,7 @@ class ChatTask(Task):
     def texts(self) -> Iterator[str]:
         for row in self.rows:
             yield chat_text(row["messages"], None)
-            yield plan_text(row) if self._target == "plan" else row["prompt"]
+            yield plan_text(row)  # whatever is learned: later stages write arguments with the same tokens
 
     def dialogue(self, reader: Reader) -> Dialogue:
         if isinstance(reader, ProcessorMixin):
