@@ -18,9 +18,10 @@ def agent_costs(given: Mapping[str, Any]) -> dict[str, Any]:
         given: `policy`, and `tokens` or `rewrite`.
     """
     files = {"policy": "*.safetensors", "tokens": "model_tokens.safetensors"}  # beside which checkpoints may lie
-    parts = {part: Path(str(given[part])) for part in files if part in given}
-    seconds = [0.0 if given.get("rewrite") else training_seconds(folder) for folder in parts.values()]
-    numbers = [num_parameters(folder, files[part]) for part, folder in parts.items()]
+    folders = {Path(str(given[part])): pattern for part, pattern in reversed(files.items()) if part in given}
+    # Of both stages in one run there is one folder, which counts once, with all of its files.
+    seconds = [0.0 if given.get("rewrite") else training_seconds(folder) for folder in folders]
+    numbers = [num_parameters(folder, pattern) for folder, pattern in folders.items()]
     return {"parameters": _sum(numbers), "training_seconds": _sum(seconds)}
 
 

@@ -25,6 +25,14 @@ def test_policy_and_tokens_add_up(tmp_path):
     assert agent_costs({"policy": evo["policy"], "rewrite": True})["training_seconds"] == 0
 
 
+def test_both_stages_in_one_folder_count_once(tmp_path):
+    for name, shape in {"model": (4, 3), "model_tokens": (5, 3)}.items():
+        save_file({"w": np.zeros(shape, dtype="f4")}, tmp_path / f"{name}.safetensors")
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 9, "train_runtime": 12.5}) + "\n")
+    joint = {"policy": str(tmp_path), "tokens": str(tmp_path)}
+    assert agent_costs(joint) == {"parameters": 12 + 15, "training_seconds": 12.5}
+
+
 def test_what_is_not_known(tmp_path):
     assert agent_costs({"policy": "somebody/model"}) == {"parameters": None, "training_seconds": None}
     assert num_parameters(tmp_path) is None and training_seconds(tmp_path) is None
