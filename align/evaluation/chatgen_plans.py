@@ -86,10 +86,9 @@ class KeptPlans:
                         file.write(json.dumps(line, ensure_ascii=False) + "\n")
                     file.flush()
         self.devices |= {kept[row["id"]].get("device") or "unknown" for row in rows}
-        plans = {row["id"]: kept[row["id"]]["plan"] for row in rows}
         if not steps:
-            self._plain = plans
-        return list(plans.values())
+            self._plain = {row["id"]: kept[row["id"]]["plan"] for row in rows}
+        return [kept[row["id"]]["plan"] for row in rows]
 
     def _ask(
         self, agent: ChatGenAgent, rows: Sequence[Mapping[str, Any]], truths: Sequence[Mapping[str, Any]]
