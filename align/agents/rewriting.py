@@ -1,5 +1,6 @@
-"""The baseline without fine-tuning: a policy as it is rewrites the chat after a few examples, and one default model
-draws it with default parameters (ChatGen Sec. 4.1, "Baseline Without Fine-Tuning")."""
+"""Baselines without fine-tuning, whose prompts one default model draws with default parameters: a policy as it is
+rewrites the chat after a few examples (ChatGen Sec. 4.1, "Baseline Without Fine-Tuning"), or the user's words are the
+prompt."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,9 @@ from align.agents.chat_answers import OpenChat
 from align.agents.chatgen import ChatGenAgent, Truth, load_chat_policy
 from align.agents.plans import Plan, Step, call_arguments
 from align.bench.chatgen.schema import chat_text
-from align.chat_dialogue import ChatDialogue
+from align.chat_dialogue import PICTURE, ChatDialogue, Messages, read_turns
 from align.chats import load_chats
+from rollouts.api import APICall
 from rollouts.catalog import Catalog
 
 _TASK = "Rewrite what somebody asks for into a prompt for a text-to-image model. Answer with the prompt only."
@@ -94,11 +96,55 @@ class RewritingAgent(ChatGenAgent):
         prompt = truth.get("prompt") or written or said or "a picture"
         replaced = () if written or "prompt" in truth else (_NO_PROMPT,)
         notes = (*of_chat, *replaced)
-        model = truth.get("model", self._default.model)
-        arguments = dict(truth.get("arguments") or call_arguments(self._default))
-        trail = (
-            Step("prompt", text, notes, seconds),
-            Step("model", [model]),
-            Step("arguments", arguments),
-        )
-        return Plan(prompt, "", model, arguments, trail)
+        return _drawn_by_default(prompt, Step("prompt", text, notes, seconds), truth, self._default)
+
+
+class VerbatimAgent(ChatGenAgent):
+    """What people get without any agent: their words as the prompt, everything else by default.
+
+    Args:
+        catalog: With the default model.
+        base_model: Architecture whose default call is made.
+    """
+
+    def __init__(self, catalog: Catalog, *, base_model: str = "SD 1.5") -> None:
+        self.catalog = catalog
+        self._default = catalog.default_call(base_model)
+
+    def plans(
+        self,
+        chats: Sequence[Messages],
+        truths: Sequence[Truth] | None = None,
+        without: Sequence[str | None] | None = None,
+    ) -> list[Plan]:
+        """See `ChatGenAgent.plans`. Pictures are not opened: words are all it has."""
+        return [
+            self._plan(_users_words(messages), truth)
+            for messages, truth in zip(chats, truths or [{}] * len(chats), strict=True)
+        ]
+
+    def replanned(self, plan: Mapping[str, Any], truth: Truth) -> Plan:
+        """See `ChatGenAgent.replanned`."""
+        return self._plan(plan["trail"][0]["raw"], truth)
+
+    def _plan(self, said: str, truth: Truth) -> Plan:
+        prompt = truth.get("prompt") or said or "a picture"
+        return _drawn_by_default(prompt, Step("prompt", said), truth, self._default)
+
+    def _plan_together(
+        self, chats: Sequence[OpenChat], truths: Sequence[Truth], without: Sequence[str | None]
+    ) -> list[Plan]:
+        raise AssertionError("unreachable: `plans` opens no chat")
+
+
+def _users_words(messages: Messages) -> str:
+    """Of all turns, in one line."""
+    said = [turn.text.replace(PICTURE, " ") for turn in read_turns(messages) if turn.role == "user"]
+    return " ".join(" ".join(said).split())
+
+
+def _drawn_by_default(prompt: str, written: Step, truth: Truth, default: APICall) -> Plan:
+    """The default call, but for what is known."""
+    model = truth.get("model", default.model)
+    arguments = dict(truth.get("arguments") or call_arguments(default))
+    return Plan(prompt, "", model, arguments, (written, Step("model", [model]), Step("arguments", arguments)))

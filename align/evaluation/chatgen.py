@@ -55,8 +55,8 @@ class ChatGenEvaluationConfig:
         default=None,
         metadata={
             "help": "Name -> {policy, tokens} (Evo; with `arguments: usual` those of its examples), {policy} (Base), "
-            "or {policy, rewrite: true} (no fine-tuning); with `no_repeat_ngram_size` for policies that repeat "
-            "themselves without end. JSON on a command line."
+            "{policy, rewrite: true} (no fine-tuning), or {verbatim: true} (no policy, the user's words); with "
+            "`no_repeat_ngram_size` for policies that repeat themselves without end. JSON on a command line."
         },
     )
     given: list[str] = field(
@@ -90,10 +90,14 @@ class ChatGenEvaluationConfig:
             raise ValueError("`agents` is empty; name one, such as {Evo: {policy: runs/evo, tokens: runs/tokens}}.")
         for name, given in self.agents.items():
             known = {"policy", "tokens", "rewrite", "arguments", "no_repeat_ngram_size"}
+            if name in _TAKEN:
+                raise ValueError(f"`agents`: {name!r} can't be the name of an agent; choose another.")
+            if given == {"verbatim": True}:
+                continue
             if not isinstance(given, dict) or "policy" not in given or set(given) - known:
                 raise ValueError(
-                    f"`agents`: {name} must have `policy` and can have {', '.join(sorted(known - {'policy'}))}, but "
-                    f"has {given}."
+                    f"`agents`: {name} must have `policy` and can have {', '.join(sorted(known - {'policy'}))}, or be "
+                    f"{{verbatim: true}}, but has {given}."
                 )
             size = given.get("no_repeat_ngram_size", 0)
             if isinstance(size, bool) or not isinstance(size, int) or size < 0:
@@ -102,8 +106,6 @@ class ChatGenEvaluationConfig:
                 raise ValueError(
                     f"`agents`: `arguments` of {name} must be written or usual, but is {given['arguments']!r}."
                 )
-            if name in _TAKEN:
-                raise ValueError(f"`agents`: {name!r} can't be the name of an agent; choose another.")
         if unknown := sorted(set(self.given) - set(STEPS)):
             raise ValueError(f"`given` may hold {', '.join(STEPS)}, but has {', '.join(unknown)}.")
         if self.given and self.ablation:

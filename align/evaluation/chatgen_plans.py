@@ -11,7 +11,7 @@ from tqdm import tqdm
 from align.agents.chatgen import ChatGenAgent, EvoAgent, load_chat_policy
 from align.agents.chatgen_base import BaseAgent
 from align.agents.plans import STEPS, Plan
-from align.agents.rewriting import RewritingAgent
+from align.agents.rewriting import RewritingAgent, VerbatimAgent
 from align.chats import load_chats
 from align.evaluation.answers import policy_identity
 from rewards.commandline import ConfigError
@@ -44,7 +44,7 @@ class KeptPlans:
     Args:
         name: Of the agent, for messages and progress bars.
         given: Its options: `policy`, and `tokens` (with `arguments`, if not written) or `rewrite`; perhaps
-            `no_repeat_ngram_size`.
+            `no_repeat_ngram_size`. Or `verbatim` alone.
         catalog: The models.
         options: How it is loaded.
         devices: Where its plans were made; filled by `plan`.
@@ -110,7 +110,9 @@ class KeptPlans:
 
 
 def load_agent(given: Mapping[str, Any], catalog: Catalog, options: PlannerOptions) -> ChatGenAgent:
-    """Evo if there are model tokens, the one without fine-tuning if it is to rewrite, else Base."""
+    """Evo if there are model tokens, the one without fine-tuning if it is to rewrite, nobody if verbatim, else Base."""
+    if given.get("verbatim"):
+        return VerbatimAgent(catalog)
     if "tokens" in given:
         agent: ChatGenAgent = EvoAgent.from_pretrained(
             given["policy"], given["tokens"], dataset=options.dataset, dtype=options.dtype, device=options.device,

@@ -12,10 +12,10 @@ def agent_costs(given: Mapping[str, Any]) -> dict[str, Any]:
     """`parameters` and `training_seconds` of an agent; None where its files don't say.
 
     The policy's own and its model tokens' parameters and seconds are added up. A policy that was not trained for this
-    (`rewrite`) has 0 seconds.
+    (`rewrite`) has 0 seconds; who has no policy (`verbatim`) costs nothing.
 
     Args:
-        given: `policy`, and `tokens` or `rewrite`.
+        given: `policy`, and `tokens` or `rewrite`; or `verbatim`.
     """
     files = {"policy": "*.safetensors", "tokens": "model_tokens.safetensors"}  # beside which checkpoints may lie
     folders = {Path(str(given[part])): pattern for part, pattern in reversed(files.items()) if part in given}

@@ -1,11 +1,12 @@
-"""The baseline without fine-tuning."""
+"""The baselines without fine-tuning."""
 
 import pytest
 
-from align.agents.rewriting import RewritingAgent
+from align.agents.rewriting import RewritingAgent, VerbatimAgent
 from align.chat_dialogue import ChatDialogue
 from align.chats import load_chats
 from rollouts.catalog import Catalog
+from rollouts.dialogue import DialogueError
 from rollouts.policy import load_policy, load_tokenizer
 
 
@@ -48,3 +49,34 @@ def test_truths_and_empty_answers(agent):
 def test_ground_truth_afterwards_is_ground_truth_at_once(agent, text, truth):
     kept = agent._plan(text, "what I said", {}, 0.5, ("a note",)).to_dict()
     assert agent.replanned(kept, truth) == agent._plan(text, "what I said", truth, 0.5, ("a note",))
+
+
+@pytest.fixture(scope="module")
+def verbatim(chat_bench):
+    return VerbatimAgent(Catalog.load(chat_bench / "catalog.jsonl"))
+
+
+def test_verbatim_prompts_are_what_the_user_said(verbatim):
+    history = [
+        {"role": "user", "content": [{"type": "image", "image": "../none.png"}, {"type": "text", "text": "a  fox\n"}]},
+        {"role": "assistant", "content": "Here it is."},
+        {"role": "user", "content": "in the rain"},
+    ]
+    plans = verbatim.plans([*CHATS, history])
+    said = ["a fox in the rain, please", "a picture", "ignore it all {", "a fox in the rain"]
+    assert [plan.prompt for plan in plans] == said
+    default = verbatim.catalog.default_call("SD 1.5")
+    for plan in plans:
+        assert plan.call(verbatim.catalog) == verbatim.catalog.reconstruct(default.model, default.to_dict())
+    assert verbatim.plan(CHATS[0]) == plans[0] and plans[1].trail[0].raw == ""
+    with pytest.raises(DialogueError):
+        verbatim.plan([])
+
+
+@pytest.mark.parametrize("truth", [{}, {"prompt": "p", "model": "Owl Painter - v2"}, {"arguments": {"steps": 9}}])
+def test_verbatim_plans_are_ground_truth_where_there_is_some(verbatim, truth):
+    plan = verbatim.plan(CHATS[0], truth)
+    assert {"prompt": plan.prompt, "model": plan.model, "arguments": plan.arguments} | truth == {
+        "prompt": plan.prompt, "model": plan.model, "arguments": plan.arguments
+    }  # fmt: skip
+    assert verbatim.replanned(verbatim.plan(CHATS[0]).to_dict(), truth) == plan

@@ -20,7 +20,7 @@ from rollouts.policy import load_policy
 def agents(chat_policy, chat_tokens):
     policy = str(chat_policy)
     evo, plain = {"policy": policy, "tokens": str(chat_tokens)}, {"policy": policy, "rewrite": True}
-    return {"Evo": evo, "Base": {"policy": policy}, "Baseline": plain}
+    return {"Evo": evo, "Base": {"policy": policy}, "Baseline": plain, "Verbatim": {"verbatim": True}}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def make(agents, chat_bench, minilm):
 @pytest.mark.slow
 def test_tables_hold_every_agent_and_a_second_run_asks_nothing(make, agents, tmp_path):
     report = make(tmp_path)["stepwise"]
-    assert set(report) == {"Evo", "Base", "Baseline"} and report["Evo"]["all"]["version"]["n"] == 6
+    assert set(report) == {"Evo", "Base", "Baseline", "Verbatim"} and report["Evo"]["all"]["version"]["n"] == 6
     assert report["Base"]["all"]["version"]["value"] == 0  # an untrained policy names no model
     table = (tmp_path / "table.md").read_text()
     assert "### all" in table and "### history" in table and "| Evo | 6 |" in table
@@ -149,6 +149,8 @@ def min_and_max(folder):
         ({"agents": {"a": {"policy": "p", "tokens": "x", "arguments": "all"}}}, "written or usual, but is 'all'"),
         ({"agents": {"a": {"policy": "x", "toks": "y"}}}, "can have arguments, no_repeat_ngram_size, rewrite, tokens"),
         ({"agents": {"a": {"policy": "x", "no_repeat_ngram_size": -1}}}, "`no_repeat_ngram_size` of a must be 0 or"),
+        ({"agents": {"a": {"verbatim": False}}}, "or be {verbatim: true}, but has {'verbatim': False}"),
+        ({"agents": {"a": {"verbatim": True, "policy": "x"}}}, "or be {verbatim: true}, but has"),
         ({"agents": {"ground truth": {"policy": "x"}}}, "'ground truth' can't be the name of an agent"),
         ({"given": ["prompt"], "ablation": True}, "`ablation` gives the right steps by itself"),
         ({"baselines": ["magic"]}, "`baselines` may hold default, popular, tfidf, embedding, but has magic"),

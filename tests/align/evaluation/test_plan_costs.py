@@ -23,6 +23,7 @@ def test_policy_and_tokens_add_up(tmp_path):
     assert agent_costs(evo) == {"parameters": 10 + 15, "training_seconds": 12.5 + 0.75}
     assert agent_costs({"policy": evo["policy"]}) == {"parameters": 10, "training_seconds": 12.5}
     assert agent_costs({"policy": evo["policy"], "rewrite": True})["training_seconds"] == 0
+    assert agent_costs({"verbatim": True}) == {"parameters": 0, "training_seconds": 0}
 
 
 def test_both_stages_in_one_folder_count_once(tmp_path):
