@@ -199,7 +199,7 @@ def _plan(method: str, row: Row, drawn: bool, budget: PictureBudget) -> str:
         f"<b>{escape(method)}</b>",
         f"<span{' class=good' if of_truth else ''}>{escape(plan['model'])}</span>",
         f"<span>{escape(_arguments(plan['arguments']))}</span>",
-        f"<span><i>{escape(plan['prompt'])}</i></span>",
+        f"<span class=written><i>{escape(plan['prompt'])}</i></span>",
     ]
     if row["scores"]:
         scores = (f"{HEADINGS.get(n, n)} {shown_number(n, float(np.mean(v)))}" for n, v in row["scores"].items())

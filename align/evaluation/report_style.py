@@ -41,6 +41,7 @@ img.small { image-rendering: pixelated; }
   color: var(--soft); background: repeating-linear-gradient(45deg, transparent 0 8px, var(--line) 8px 9px); }
 figcaption { padding: .45rem .6rem .6rem; line-height: 1.4; overflow-wrap: anywhere; font-size: .8rem; }
 figcaption b { color: var(--ink); font-size: .88rem; } figcaption span { display: block; }
+figcaption .written { max-height: 8.4em; overflow: auto; }
 .chat { margin: .3rem 0 .8rem; } .chat p { margin: .3rem 0; padding: .4rem .8rem; width: fit-content; max-width: 40rem;
   background: var(--card); border-radius: 10px; white-space: pre-line; } .chat .assistant { color: var(--soft);
   margin-left: 2rem; } .chat img { width: 6rem; border-radius: 4px; }
