@@ -3,7 +3,8 @@
     python -m align.evaluation.chatgen_pool --runs runs/seed0/tables runs/seed1/tables --output_dir runs/chatgen-pooled
 
 Pools what `python -m align.evaluation.chatgen` wrote for each seed. The unified metric is fitted anew on the raw scores
-and FIDs of all runs; intervals are of a two-level bootstrap (runs, then chats); every run's own values stand below.
+and FIDs of all runs; intervals are of a bootstrap over runs and chats, the same chats for all; every run's own values
+stand below.
 """
 
 import logging

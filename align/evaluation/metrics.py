@@ -39,13 +39,22 @@ def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMP
     return Estimate(float(data.mean()), float(low), float(high), int(data.size))
 
 
-def bootstrap_runs(runs: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """Mean over runs (training seeds) of their means, with a two-level interval: runs are drawn, then items in each.
+def bootstrap_runs(
+    runs: Sequence[Sequence[float]],
+    *,
+    items: Sequence[Sequence[str]] | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Estimate:
+    """Mean over runs (training seeds) of their means, with an interval for other runs and other items.
 
-    Runs count alike, however many items they have. With few runs a percentile interval is on the short side.
+    Runs are drawn, and items in each: independently, or with `items` the same ones in every run, as what an item
+    does to all runs is not averaged away by having more of them. Runs count alike, however many items they have. With
+    few runs a percentile interval is on the short side.
 
     Args:
         runs: Values of each run.
+        items: Name of each value's item, if runs share items.
         seed: Of the resamples; a single run gives what `bootstrap` gives.
         resamples: How many.
 
@@ -59,14 +68,46 @@ def bootstrap_runs(runs: Sequence[Sequence[float]], *, seed: int = 0, resamples:
         raise ValueError("A mean of no values does not exist: every run needs at least one.")
     rng = np.random.default_rng(seed)
     drawn = rng.integers(0, len(data), (resamples, len(data)))
-    means = np.empty(drawn.shape)
-    for run, values in enumerate(data):
-        of_run = drawn == run
-        items = rng.integers(0, values.size, (int(of_run.sum()), values.size), dtype=np.int32)
-        means[of_run] = values[items].mean(1)
+    if items is None:
+        means = np.empty(drawn.shape)
+        for run, values in enumerate(data):
+            of_run = drawn == run
+            chosen = rng.integers(0, values.size, (int(of_run.sum()), values.size), dtype=np.int32)
+            means[of_run] = values[chosen].mean(1)
+    else:
+        means = np.take_along_axis(_means_of_shared(data, items, rng, resamples), drawn, 1)
     low, high = np.quantile(means.mean(1), [0.025, 0.975])
     value = float(np.mean([values.mean() for values in data]))
     return Estimate(value, float(low), float(high), sum(values.size for values in data))
+
+
+def shared_positions(items: Sequence[Sequence[str]]) -> np.ndarray:
+    """Where each run has each of the items of all runs; -1: nowhere. Shape (runs, items), in the order of names."""
+    names = {name: number for number, name in enumerate(sorted({name for of_run in items for name in of_run}))}
+    positions = np.full((len(items), len(names)), -1)
+    for run, of_run in enumerate(items):
+        positions[run, [names[name] for name in of_run]] = np.arange(len(of_run))
+    return positions
+
+
+def _means_of_shared(
+    data: Sequence[np.ndarray], items: Sequence[Sequence[str]], rng: np.random.Generator, resamples: int
+) -> np.ndarray:
+    """Mean of each run over the same drawn items; its own mean where it has none of them. Shape (resamples, runs)."""
+    positions = shared_positions(items)
+    size = positions.shape[1]
+    means = np.empty((resamples, len(data)))
+    at_once = max(1, _DRAWN_AT_ONCE // size)
+    for start in range(0, resamples, at_once):
+        count = min(at_once, resamples - start)
+        times = rng.multinomial(size, np.full(size, 1 / size), count)
+        for run, values in enumerate(data):
+            there = positions[run] >= 0
+            weights, of_run = times[:, there], values[positions[run, there]]
+            total = weights.sum(1)
+            mean = weights @ of_run / np.maximum(total, 1)
+            means[start : start + count, run] = np.where(total > 0, mean, values.mean())
+    return means
 
 
 def selection_entropy(models: Sequence[str]) -> float:

@@ -11,9 +11,9 @@ other scores. What is done here, and why:
 - A fitted scale of FID goes from 0, which equal sets have, to the largest FID of the sets that are compared. From the
   smallest one, as for the other scores, the best method would get 1 and the worst 0 however near they are: those scores
   are spread over single pictures, of which a method is a mean, but here methods would be the population themselves.
-- Intervals are of a bootstrap over chats (over runs, then chats, if there are several): a chat takes its pictures and
-  its reference pictures along, so that what both owe to the choice of chats cancels, and all parts of Eq. 6 come from
-  the same resample.
+- Intervals are of a bootstrap over chats (over runs and chats, if there are several runs; the same chats are drawn for
+  all of them): a chat takes its pictures and its reference pictures along, so that what both owe to the choice of chats
+  cancels, and all parts of Eq. 6 come from the same resample.
 - FID is biased upwards by a term in 1/n, and a resample, with only 63% of its pictures distinct, has that bias twice:
   plain percentiles lie beside the value. So the resamples' FIDs are moved by their mean's distance to it. The interval
   says how FID *at this n* varies; compare it between sets of equal size only, as are all methods of a table.
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.evaluation.metrics import Estimate, bootstrap_runs
+from align.evaluation.metrics import Estimate, bootstrap_runs, shared_positions
 from rewards.fid import frechet_distance
 from rewards.unified import Scale, UnifiedMetric
 
@@ -55,12 +55,14 @@ class PictureSet:
 
     Attributes:
         scores: Mean of each chat's pictures by each scorer. Shape (chats, scorers).
+        chats: Name of each chat, by which runs share it.
         features: Of each chat's pictures. Shape (chats with a reference, k, d); None: no FID.
         references: Of each chat's reference pictures. Shape (chats with a reference, r, d).
         position: Row of each chat in the two, or -1 where it has no reference. Shape (chats,).
     """
 
     scores: np.ndarray
+    chats: tuple[str, ...]
     features: np.ndarray | None = None
     references: np.ndarray | None = None
     position: np.ndarray | None = None
@@ -71,7 +73,8 @@ class PictureSet:
     def take(self, chats: np.ndarray) -> "PictureSet":
         """Some of the chats, by number; they share the features."""
         position = None if self.position is None else self.position[chats]
-        return PictureSet(self.scores[chats], self.features, self.references, position)
+        names = tuple(self.chats[chat] for chat in chats)
+        return PictureSet(self.scores[chats], names, self.features, self.references, position)
 
     def fid(self, chats: np.ndarray | None = None) -> float:
         """FID of the pictures of some chats (by number; None: all) to their references; NaN if fewer than two have any.
@@ -146,8 +149,9 @@ def set_estimates(
     Returns:
         By scorer, `fid` and `unified`. n: chats; of `fid`, those with reference pictures.
     """
+    chats = [part.chats for part in runs]
     found = {
-        name: bootstrap_runs([part.scores[:, i] for part in runs], seed=seed)  # ty: ignore[invalid-argument-type]
+        name: bootstrap_runs([part.scores[:, i].tolist() for part in runs], items=chats, seed=seed)
         for i, name in enumerate(scorers)
     }
     has_fid = all(part.num_compared >= 2 for part in runs)
@@ -185,18 +189,20 @@ def _resampled(
     drawn = rng.integers(0, len(runs), (resamples, len(runs)))
     fids = np.full(drawn.shape, np.nan)
     means = np.empty((*drawn.shape, runs[0].scores.shape[1]))
-    for run, part in enumerate(runs):
-        slots = np.argwhere(drawn == run)
-        for slot in slots:
-            chats = rng.integers(0, len(part), len(part))
-            means[tuple(slot)] = part.scores[chats].mean(0)
+    positions = shared_positions([part.chats for part in runs])
+    for resample, of_slots in enumerate(drawn):
+        chosen = rng.integers(0, positions.shape[1], positions.shape[1])
+        for run in np.unique(of_slots):
+            chats = positions[run, chosen]
+            chats = chats[chats >= 0] if (chats >= 0).any() else np.arange(len(runs[run]))
+            means[resample, of_slots == run] = runs[run].scores[chats].mean(0)
             if has_fid:
-                fids[tuple(slot)] = part.fid(chats)
-        if has_fid and len(slots):
-            of_run = fids[drawn == run]
-            known = np.isfinite(of_run)  # of few chats, a resample can have one with a reference, or none
-            moved = of_run - (of_run[known].mean() if known.any() else np.nan) + values[run, 0]
-            fids[drawn == run] = np.where(known, np.maximum(moved, 0), values[run, 0])
+                fids[resample, of_slots == run] = runs[run].fid(chats)
+    for run in range(len(runs) if has_fid else 0):
+        of_run = fids[drawn == run]
+        known = np.isfinite(of_run)  # of few chats, a resample can have one with a reference, or none
+        moved = of_run - (of_run[known].mean() if known.any() else np.nan) + values[run, 0]
+        fids[drawn == run] = np.where(known, np.maximum(moved, 0), values[run, 0])
     return values, drawn, fids, means
 
 

@@ -80,7 +80,7 @@ def table_note(name: str, table: Mapping[str, Any]) -> str:
     """What has to be known to read the numbers, as Markdown."""
     notes = ["Means over chats, [95% bootstrap interval] (n)."]
     if len(table["runs"]) > 1:
-        notes.append(f"Mean of {len(table['runs'])} runs; resampled are runs, then chats.")
+        notes.append(f"Mean of {len(table['runs'])} runs; resampled are runs and chats, the same ones for all runs.")
     scaled = [field for field in table["estimates"] if field not in _AS_IT_IS and (field in HEADINGS)]
     if scaled:
         notes.append(f"{', '.join(HEADINGS[field] for field in scaled)} times 100.")

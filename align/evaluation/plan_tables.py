@@ -248,13 +248,14 @@ def _picture_set(
     rows: Sequence[Row], compared: set[str], features: Mapping[str, np.ndarray], scorers: Sequence[str]
 ) -> PictureSet:
     means = [[float(np.mean(row["scores"][name])) for name in scorers] for row in rows]
-    scores = np.array(means).reshape(len(rows), len(scorers))
+    scores, names = np.array(means).reshape(len(rows), len(scorers)), tuple(row["row_id"] for row in rows)
     some = [row for row in rows if row["row_id"] in compared]
     if not some:
-        return PictureSet(scores)
+        return PictureSet(scores, names)
     numbers = {row["row_id"]: number for number, row in enumerate(some)}
     return PictureSet(
         scores,
+        names,
         np.array([[features[key] for key in row["pictures"]] for row in some]),
         np.array([[features[key] for key in row["references"]] for row in some]),
         np.array([numbers.get(row["row_id"], -1) for row in rows]),
@@ -320,9 +321,11 @@ def _step(rows: Sequence[Row], runs: Sequence[str], name: str) -> dict[str, Any]
 
 def _estimate(rows: Sequence[Row], runs: Sequence[str], value: Callable[[Row], float]) -> dict[str, Any] | None:
     """Mean, interval and n; of several runs also the mean of each. None without rows."""
-    by_run = {run: [value(row) for row in rows if row["run"] == run] for run in runs}
-    by_run = {run: values for run, values in by_run.items() if values}
+    by_run = {run: {row["row_id"]: value(row) for row in rows if row["run"] == run} for run in runs}
+    by_run = {run: of_run for run, of_run in by_run.items() if of_run}
     if not by_run:
         return None
-    estimate: dict[str, Any] = bootstrap_runs(list(by_run.values()))._asdict()
-    return estimate | ({"runs": {run: float(np.mean(v)) for run, v in by_run.items()}} if len(runs) > 1 else {})
+    values = {run: list(of_run.values()) for run, of_run in by_run.items()}
+    items = [list(of_run) for of_run in by_run.values()]
+    estimate: dict[str, Any] = bootstrap_runs(list(values.values()), items=items)._asdict()
+    return estimate | ({"runs": {run: float(np.mean(v)) for run, v in values.items()}} if len(runs) > 1 else {})

@@ -81,7 +81,8 @@ def test_runs_count_alike_and_have_one_unified_metric(runs, tmp_path):
     assert evo["unified"]["runs"] == pytest.approx({"seed0/tables": 0.5, "seed1/tables": (3 / 4 + 1 / 3) / 2})
     assert evo["unified"]["value"] == pytest.approx((0.5 + (3 / 4 + 1 / 3) / 2) / 2)
     assert truth["unified"]["value"] == pytest.approx(15 / 32)
-    assert evo["version"] == bootstrap_runs([[1, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]])._asdict() | {
+    chats = [[f"r{i}" for i in range(n)] for n in (4, 8)]  # the second run has those of the first, and more
+    assert evo["version"] == bootstrap_runs([[1, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]], items=chats)._asdict() | {
         "runs": {"seed0/tables": 0.25, "seed1/tables": 0.5}
     }
     assert evo["s"]["low"] == 2 and evo["s"]["high"] == 4  # runs are drawn: some resamples hold one of them alone

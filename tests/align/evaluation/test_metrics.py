@@ -150,6 +150,36 @@ def test_runs_are_drawn_before_their_items():
             bootstrap_runs(empty)
 
 
+def test_items_that_runs_share_are_drawn_for_all_of_them():
+    values = np.random.default_rng(0).normal(size=200).tolist()
+    names = [str(i) for i in range(200)]
+    # The same run five times says no more of other items than it says once.
+    width = 2 * 1.96 * np.std(values) / np.sqrt(200)
+    for count in (2, 5):
+        estimate = bootstrap_runs([values] * count, items=[names] * count)
+        assert estimate.high - estimate.low == pytest.approx(width, rel=0.06)
+        alone = bootstrap_runs([values] * count)
+        assert alone.high - alone.low == pytest.approx(width / np.sqrt(count), rel=0.06)
+    # What the items are called and how they are ordered is nothing to it, nor is it a single run's.
+    turned = bootstrap_runs([values, values[::-1]], items=[names, names[::-1]])
+    assert turned == pytest.approx(bootstrap_runs([values] * 2, items=[names] * 2))
+    assert bootstrap_runs([values], items=[names]) == bootstrap(values)
+
+
+def test_partly_shared_items_against_a_loop():
+    runs = [{"a": 1.0, "b": 5.0, "c": 2.0}, {"d": 9.0, "b": 4.0}]
+    rng = np.random.default_rng(3)
+    drawn = rng.integers(0, 2, (400, 2))
+    means = []
+    for slots, times in zip(drawn, rng.multinomial(4, [1 / 4] * 4, 400), strict=True):
+        chosen = [name for name, count in zip("abcd", times, strict=True) for _ in range(count)]
+        of_slots = [[runs[run][name] for name in chosen if name in runs[run]] for run in slots]
+        means.append(np.mean([np.mean(found or [*runs[r].values()]) for r, found in zip(slots, of_slots, strict=True)]))
+    expected = (np.mean([8 / 3, 6.5]), *np.quantile(means, [0.025, 0.975]), 5)
+    values, items = [[*run.values()] for run in runs], [[*run] for run in runs]
+    assert bootstrap_runs(values, items=items, seed=3, resamples=400) == pytest.approx(expected)
+
+
 def test_selection_entropy():
     assert selection_entropy(["a", "b", "c", "d"]) == pytest.approx(np.log(4))
     assert selection_entropy(["a", "a", "a", "b"]) == pytest.approx(-0.75 * np.log(0.75) - 0.25 * np.log(0.25))

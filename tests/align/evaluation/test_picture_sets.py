@@ -41,13 +41,14 @@ def test_fid_in_one_dimension_by_hand():
     assert frechet(np.array([[0.0], [2.0]]), np.array([[2.0], [6.0]])) == pytest.approx(11)
 
 
-def make_set(n=12, *, shift=0.0, without=()):
+def make_set(n=12, *, shift=0.0, without=(), first=0):
+    chats = tuple(f"{i:03}" for i in range(first, first + n))
     scores = RNG.uniform(size=(n, 2))
     position = np.full(n, -1)
     there = [i for i in range(n) if i not in without]
     position[there] = np.arange(len(there))
     shape = (len(there), 2, 3)
-    return PictureSet(scores, RNG.normal(size=shape) + shift, RNG.normal(size=shape), position)
+    return PictureSet(scores, chats, RNG.normal(size=shape) + shift, RNG.normal(size=shape), position)
 
 
 METRIC = UnifiedMetric.fit({"a": [0, 1], "b": [-1, 1], "fid": [0, 20]}, population="a test", lower_is_better=["fid"])
@@ -72,23 +73,26 @@ def test_a_part_of_the_chats():
     some = make_set(without=(3, 7))
     part = some.take(np.array([2, 3, 9]))
     rows = [some.position[2], some.position[9]]
-    assert part.num_compared == 2 and len(part) == 3
+    assert part.num_compared == 2 and len(part) == 3 and part.chats == ("002", "003", "009")
     assert part.fid() == frechet(some.features[rows].reshape(-1, 3), some.references[rows].reshape(-1, 3))
     assert np.isnan(some.take(np.array([3, 9])).fid())  # a single chat that has a reference
 
 
-def test_two_level_bootstrap_against_a_loop():
-    """Runs are drawn, then chats; FIDs of a run are moved by the bias of its resamples; all parts have one resample."""
-    runs = [make_set(), make_set(20, shift=1.0)]
+@pytest.mark.parametrize("first", [0, 5, 12])  # all of the first run's chats in the second, some, none
+def test_two_level_bootstrap_against_a_loop(first):
+    """Runs are drawn, and chats for all of them; FIDs of a run are moved by the bias of its resamples; all parts have
+    one resample."""
+    runs = [make_set(), make_set(20, shift=1.0, first=first)]
     found = set_estimates(runs, ["a", "b"], METRIC, resamples=60)
     rng = np.random.default_rng(0)
     drawn = rng.integers(0, 2, (60, 2))
+    names = sorted({*runs[0].chats, *runs[1].chats})
     resampled = {}
-    for run, part in enumerate(runs):
-        for slot in np.argwhere(drawn == run).tolist():
-            chats = rng.integers(0, len(part), len(part))
-            some = part.take(chats)
-            resampled[tuple(slot)] = (run, some.scores.mean(0), some.fid())
+    for i, slots in enumerate(drawn):
+        chosen = [names[n] for n in rng.integers(0, len(names), len(names))]
+        for slot, run in enumerate(slots):
+            some = runs[run].take(np.array([runs[run].chats.index(name) for name in chosen if name in runs[run].chats]))
+            resampled[i, slot] = (run, some.scores.mean(0), some.fid())
     values = [part.fid() for part in runs]
     bias = [np.mean([fid for r, _, fid in resampled.values() if r == run]) - values[run] for run in (0, 1)]
     assert min(bias) > 0  # why they are moved
@@ -104,7 +108,7 @@ def test_two_level_bootstrap_against_a_loop():
 
 
 def test_without_fid():
-    some = PictureSet(RNG.uniform(size=(5, 2)))
+    some = PictureSet(RNG.uniform(size=(5, 2)), tuple("abcde"))
     metric = UnifiedMetric.fit({"a": [0, 1], "b": [-1, 1]}, population="a test")
     found = set_estimates([some], ["a", "b"], metric, resamples=10)
     assert set(found) == {"a", "b", "unified"}
